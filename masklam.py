@@ -1,0 +1,1621 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.15.0",
+#   "torchvision==0.29.2",
+#   "mujoco==4.0.0",
+#   "gymnasium[mujoco]==1.4.0",
+#   "segment-anything==1.0",
+#   "numpy==2.4.6",
+#   "tqdm==4.70.1",
+#   "matplotlib==3.11.2",
+#   "jupyter==1.1.1",
+#   "pytest==9.2.0",
+# ]
+# ///
+"""MaskLAM in one file: latent actions from video whose background moves too.
+
+A latent action model (LAM) learns what an agent does from video without action labels. An inverse
+dynamics model (IDM) reads what happened and emits a latent action z; a forward dynamics model
+(FDM) must predict the next frame from the past and z:
+
+    z_t      = IDM(o_{t-2..t}, o_{t+k-2..t+k})        k from 1..K in training, 1 when labelling
+    o^_{t+1} = FDM(o_{t-2..t}, z_t)
+    loss     = sum(w (o^_{t+1} - o_{t+1})^2) / (C sum(w)),      w = m + b (1 - m)
+
+LAPO has b = 1: where the background moves, most of the error is background, and z describes the
+background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the agent's mask.
+
+    python masklam.py --task cheetah               record, train both, probe, act, compare
+    python masklam.py --preset smoke               every stage in a minute, to see that it works
+    python masklam.py --seeds 3                    seeds 0, 1, 2 and their summary.json
+    python masklam.py --distractor none            the same with a clean background
+    python masklam.py --task cheetah --train-expert      search the expert anew, print its literal
+
+A run takes nothing but a CPU and writes runs/<task>-<preset>-<distractor>-<seed>/: results.json,
+summary.png, training.png, rollouts.gif, and a cache that a second run reuses. Every stage is a
+function of a Config and arrays that a notebook or a fork can call by itself; only section 14
+knows where files live.
+
+Shapes: E episodes, T steps, B batch, C H W image, A action, Z latent, D distractor velocities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import platform
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from concurrent import futures
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+# ==================================================================================================
+# 2. Config
+#
+# Every number that shapes a run, once: its type, default, meaning and allowed range. The command
+# line is made from this class, so a new field is a new flag. Presets are plain overrides.
+# ==================================================================================================
+DISTRACTORS = ("none", "low", "hard")
+METHODS = {"lapo": 1.0, "masklam": 0.0}  # name -> weight of the background in the loss
+
+
+def option(default, text, low=None, high=None, choices=None):
+    """A dataclass field that knows its help text and what values it allows."""
+    limits = dict(help=text, low=low, high=high, choices=choices)
+    return field(default=default, metadata=limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; see `option` for what each one means."""
+
+    task: str = option("cheetah", "which agent")
+    seed: int = option(0, "of everything random in the run", 0, 10**6)
+    methods: tuple[str, ...] = option(("lapo", "masklam"), "what to train", choices=tuple(METHODS))
+    # Recording
+    distractor: str = option("low", "what moves besides the agent", choices=DISTRACTORS)
+    correlation: float = option(0.5, "of background motion with the action (rho)", 0, 1)
+    episodes: int = option(200, "recorded for training", 4, 10**6)
+    heldout_episodes: int = option(40, "recorded for probing only", 2, 10**6)
+    steps: int = option(250, "per recorded episode", 8, 1000)
+    action_noise: float = option(0.6, "largest action noise; an episode draws from 0 to it", 0, 2)
+    frame_size: int = option(64, "pixels; the paper's 64", 16, 512)
+    renderer: str = option("auto", "how agents are drawn", choices=("auto", "gl", "raycast"))
+    # Latent action model
+    image_size: int = option(64, "pixels that the networks see; divides frame_size", 8, 512)
+    background_weight: float = option(0.0, "b of masklam's loss; lapo is b = 1", 0, 1)
+    latent_dim: int = option(128, "numbers in a latent action", 1, 8192)
+    offset: int = option(10, "largest K of the future stack", 1, 100)
+    patch: int = option(1, "pixels folded into channels before the first convolution", 1, 64)
+    idm_widths: tuple[int, ...] = option((64, 128, 128), "channels of the IDM's stages", 1, 4096)
+    fdm_widths: tuple[int, ...] = option((96, 192, 192), "channels of the FDM's stages", 1, 4096)
+    blocks: int = option(2, "residual blocks a stage", 0, 16)
+    lam_updates: int = option(35156, "optimiser steps", 1, 10**8)
+    batch_size: int = option(512, "windows per step, LAM and policy", 2, 10**5)
+    lam_lr: float = option(6e-4, "peak learning rate", 0, 1)
+    # Latent policy
+    policy_updates: int = option(35156, "optimiser steps", 1, 10**8)
+    policy_lr: float = option(4e-4, "peak learning rate", 0, 1)
+    labels: int = option(1000, "labelled transitions that the action decoder may see", 1, 10**8)
+    decoder_updates: int = option(25000, "optimiser steps", 1, 10**8)
+    # Evaluation
+    eval_episodes: int = option(20, "per policy, on unseen backgrounds", 1, 10**5)
+    eval_steps: int = option(1000, "per evaluation episode", 1, 10**5)
+
+
+LAPTOP = dict(image_size=32, latent_dim=32, patch=4, idm_widths=(64,), fdm_widths=(64,), blocks=1,
+              lam_updates=1000, batch_size=128, lam_lr=1e-3, policy_updates=1000, policy_lr=1e-3,
+              decoder_updates=1000, eval_episodes=10)
+PRESETS = {
+    "smoke": LAPTOP | dict(episodes=8, heldout_episodes=2, steps=40, lam_updates=30,
+                           policy_updates=20, decoder_updates=50, labels=80, eval_episodes=2,
+                           eval_steps=40, batch_size=32),
+    "laptop": LAPTOP,  # two CPU cores, a quarter of an hour
+    "gpu": dict(episodes=1000, lam_updates=10000, policy_updates=10000, decoder_updates=5000),
+    "paper": dict(episodes=5000, steps=1000, labels=128_000),  # the authors' sizes, 5M transitions
+}
+
+
+class UserError(Exception):
+    """Something the user can mend: reported as one line, exit status 2."""
+
+
+def check_config(config: Config):
+    """Raise UserError unless every field is allowed and they fit together."""
+    for f in fields(config):
+        value, limits = getattr(config, f.name), f.metadata
+        flag = "--" + f.name.replace("_", "-")
+        for v in value if isinstance(value, tuple) else (value,):
+            if limits["choices"] and v not in limits["choices"]:
+                raise UserError(f"{flag} is {v!r}; allowed: {', '.join(limits['choices'])}")
+            low, high = limits["low"], limits["high"]
+            if low is not None and not (math.isfinite(v) and low <= v <= high):
+                raise UserError(f"{flag} is {v}; allowed: {low} to {high}")
+    if config.task not in TASKS:
+        raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}")
+    if config.frame_size % config.image_size:
+        raise UserError(f"--image-size {config.image_size} must divide "
+                        f"--frame-size {config.frame_size}")
+    stride = config.patch * 2 ** (len(config.idm_widths) - (config.patch > 1))
+    if config.image_size % stride or len(config.idm_widths) != len(config.fdm_widths):
+        raise UserError(f"--image-size {config.image_size} must be a multiple of {stride} (--patch "
+                        "and one halving a stage), with as many --fdm-widths as --idm-widths")
+    if config.labels > config.episodes * config.steps:
+        raise UserError(f"--labels is {config.labels}; allowed: 1 to {config.episodes} episodes x "
+                        f"{config.steps} steps = {config.episodes * config.steps}")
+
+
+def random(*purpose) -> np.random.Generator:
+    """A generator for (seed, purpose, ...): the same arguments give the same numbers."""
+    return np.random.default_rng([p if isinstance(p, int) else zlib.crc32(p.encode())
+                                  for p in purpose])
+
+
+# ==================================================================================================
+# 3. Tasks and experts
+#
+# A task is a Gymnasium MuJoCo environment, a camera that keeps its agent large and whole, and an
+# expert to record. An expert is one small matrix, found by augmented random search (ARS V2-t,
+# arXiv 1803.07055) with the trainer below: linear policies run well, and fit into this file.
+# ==================================================================================================
+@dataclass(frozen=True)
+class Task:
+    """An environment, its camera, the search that found its expert, and the expert itself."""
+
+    env_id: str
+    distance: float  # of the tracking camera, metres
+    elevation: float  # of the tracking camera, degrees
+    search: dict  # arguments of `train_expert`
+    expert: str  # (A, 1 + S) float16 in base 85: bias, then weights, of a linear policy
+
+
+TASKS = {
+    "cheetah": Task(  # --train-expert, 11 minutes on two cores; returns 5089 +- 80
+        "HalfCheetah-v5", 2.6, -8.0,
+        dict(directions=32, top=8, noise=0.03, step=0.02, horizon=500, budget=12_000_000),
+        "87eKoAE|6O!8hME{xlc57_SSlFSMws9-@350wRc}oSvH=*tY#F<RWLbz_O37=QshW`?}mP^f*1TH>DAtlp%s"
+        "5%OvP4jx}<%Fe*(oHaTjqjI*XP;<iPxBDQ)Y6dq58QlM|Dx2UkFSi2d-sx4bIo4VbnS+XR!X1Pu)sj6bAT%#"
+        "G7M5O1aX(h;`^{nx<wk)TxCc4=;Xt?XPjJbTD=d}Sc{ifj}3aDNf(gtIp5HtWe{;UJFO*Q$rFfep9C^aLg_A"
+        "jXsDkgL*{v&y)J{-O!"),
+}
+
+
+def load_expert(text: str, inputs: int) -> np.ndarray:
+    """Literal of a Task -> (A, 1 + S) f64."""
+    return np.frombuffer(base64.b85decode(text), np.float16).reshape(-1, 1 + inputs).astype(float)
+
+
+def expert_action(expert: np.ndarray, state: np.ndarray) -> np.ndarray:
+    """Linear policy (A, 1 + S) at observation (S,) -> action (A,), not yet clipped."""
+    return expert[:, 0] + expert[:, 1:] @ state
+
+
+@functools.cache
+def state_env(env_id: str):
+    """The bare environment (no wrappers, no time limit) for policies that read the state."""
+    silence_mujoco()
+    return gym.make(env_id, disable_env_checker=True).unwrapped
+
+
+def state_rollout(job) -> tuple[float, int, np.ndarray, np.ndarray]:
+    """One episode of (env_id, expert or None for random actions, seed, steps).
+
+    Returns the return, the number of steps, and sum and sum of squares of the observations.
+    """
+    env_id, expert, seed, steps = job
+    env, rng = state_env(env_id), random(seed, "random actions")
+    low, high = env.action_space.low, env.action_space.high
+    state, _ = env.reset(seed=seed)
+    total, sums, squares = 0.0, np.zeros_like(state), np.zeros_like(state)
+    for t in range(steps):
+        sums, squares = sums + state, squares + state**2
+        wanted = rng.uniform(low, high) if expert is None else expert_action(expert, state)
+        state, reward, terminated, _, _ = env.step(np.clip(wanted, low, high))
+        total += reward
+        if terminated:
+            break
+    return total, t + 1, sums, squares
+
+
+def search_pair(job):
+    """Rollouts of (env_id, weights (A, S), mean, std, noise, seed, steps) plus and minus noise."""
+    env_id, weights, mean, std, noise, seed, steps = job
+    delta = noise * random(seed, "direction").standard_normal(weights.shape)
+    return [state_rollout((env_id, fold_whitening(weights + d, mean, std), seed, steps))
+            for d in (delta, -delta)]
+
+
+def fold_whitening(weights, mean, std):
+    """Policy on (state - mean) / std -> the same policy on the state, (A, 1 + S)."""
+    return np.c_[-(weights / std) @ mean, weights / std]
+
+
+def train_expert(env_id, directions, top, noise, step, horizon, budget, seed=0):
+    """Augmented random search for a linear policy.
+
+    Each iteration tries `directions` random directions of size `noise` both ways and moves by
+    `step` along the `top` best, weighted by their return differences. Observations are whitened
+    by running statistics; the step size decays linearly to a fifth; of the policies seen every
+    320 directions, the best on ten fixed episodes is kept. Stops after `budget` simulated steps.
+    Returns the literal for TASKS, and its returns on ten seeds never used in the search.
+    """
+    A, S = state_env(env_id).action_space.shape[0], state_env(env_id).observation_space.shape[0]
+    weights, mean, std = np.zeros((A, S)), np.zeros(S), np.ones(S)
+    count, sums, squares, rng = 0, np.zeros(S), np.zeros(S), random(seed, "expert")
+    best, best_return, iteration = None, -np.inf, 0
+    with worker_pool() as pool, tqdm(total=budget, desc="expert", unit_scale=True) as bar:
+        while count < budget:
+            seeds = [int(s) for s in rng.integers(2**31, size=directions)]
+            jobs = [(env_id, weights, mean, std, noise, s, horizon) for s in seeds]
+            pairs = list(pool.map(search_pair, jobs, chunksize=4))
+            returns = np.array([[plus[0], minus[0]] for plus, minus in pairs])
+            chosen = np.argsort(-returns.max(1))[:top]
+            moves = sum((returns[i, 0] - returns[i, 1])
+                        * random(seeds[i], "direction").standard_normal((A, S)) for i in chosen)
+            decay = 1 - 0.8 * min(1, count / budget)
+            weights = weights + decay * step / (top * returns[chosen].std() + 1e-9) * moves
+            for _, n, total, square in (episode for pair in pairs for episode in pair):
+                count, sums, squares = count + n, sums + total, squares + square
+            mean = sums / count
+            std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
+            bar.update(count - bar.n)
+            iteration += 1
+            if iteration % max(1, 320 // directions) == 0:
+                expert = fold_whitening(weights, mean, std).astype(np.float16)
+                jobs = [(env_id, expert.astype(float), 10**5 + i, 1000) for i in range(10)]
+                mean_return = np.mean([r[0] for r in pool.map(state_rollout, jobs)])
+                if mean_return > best_return:
+                    best, best_return = expert, mean_return
+                bar.set_postfix(best=f"{best_return:.0f}")
+        jobs = [(env_id, best.astype(float), 10**6 + i, 1000) for i in range(10)]
+        unseen = [r[0] for r in pool.map(state_rollout, jobs)]
+    return base64.b85encode(best.tobytes()).decode(), unseen
+
+
+# ==================================================================================================
+# 4. Renderer
+#
+# In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
+# once what the distractors are composed behind and the simulator's own mask. Drawing only the
+# bodies that move, at twice the size and without shadows, is ~50 times faster than env.render().
+# ==================================================================================================
+NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
+
+
+def halve(image: np.ndarray) -> np.ndarray:
+    """(2H, 2W, ...) u8 -> (H, W, ...) u8: the mean of 2x2 boxes, five times faster than mean()."""
+    rows = image[0::2].astype(np.uint16) + image[1::2]
+    return ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
+
+
+def compose(rgb: np.ndarray, alpha: np.ndarray, background: np.ndarray) -> np.ndarray:
+    """Premultiplied agent (H, W, 3) u8 with alpha (H, W) u8 over a background (H, W, 3) u8."""
+    behind = background.astype(np.uint16) * (255 - alpha.astype(np.uint16))[..., None]
+    return rgb + ((behind + 128) // 255).astype(np.uint8)
+
+
+@functools.cache
+def gl_context():
+    """This process's one OpenGL context, current; -> the exception where none can be made."""
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's threads would fight our processes
+    if importlib.util.find_spec("triton"):  # its LLVM crashes if it is loaded after Mesa's
+        importlib.import_module("triton")
+    backend = os.environ.get("MUJOCO_GL", "egl" if sys.platform == "linux" else "").lower()
+    try:
+        if backend == "egl":  # MuJoCo's own default on Linux needs a screen
+            from mujoco.egl import GLContext
+        else:
+            from mujoco import GLContext
+        context = GLContext(64, 64)
+        context.make_current()
+        return context
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        return error
+
+
+class AgentRenderer:
+    """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
+
+    model: the environment's MjModel. It is copied, and drawn with an MjData of its own: live
+        frames would lag a physics substep behind, and syncing the environment's data changes it.
+    camera: (distance in metres, elevation in degrees); azimuth 90, tracking body 1.
+    size: height and width of the images, pixels. scene: also draw floor and sky.
+    backend: "gl" (MuJoCo's renderer), "raycast" (needs no OpenGL, slower) or "auto" (gl where a
+        context can be made). `backend` and `fallback_reason` say afterwards what it became.
+    """
+
+    def __init__(self, model, camera=(2.6, -8.0), size=64, scene=False, backend="auto"):
+        context = gl_context() if backend != "raycast" else None
+        if backend == "gl" and isinstance(context, Exception):
+            raise RuntimeError(f"no OpenGL context can be made: {context}") from context
+        self.fallback_reason = str(context) if isinstance(context, Exception) else None
+        self.backend = "raycast" if backend == "raycast" or self.fallback_reason else "gl"
+        self.model, self.size, self.full_scene = copy.copy(model), size, scene
+        self.data, self.camera_default = mujoco.MjData(self.model), camera
+        self.colors = self.model.geom_rgba.copy()
+        visual = self.model.vis
+        visual.headlight.ambient[:] = 0.4  # keeps the agent visible in front of anything
+        visual.quality.offsamples = 0  # we box-average two-fold instead
+        visual.quality.shadowsize, visual.quality.numslices, visual.quality.numstacks = 64, 16, 8
+        visual.global_.offwidth = visual.global_.offheight = 2 * size
+        if scene:
+            self.model.geom_size[0, 2] = 10  # coarser floor grid; looks the same, 3x faster
+        self.scene = mujoco.MjvScene(self.model, maxgeom=200)
+        self.camera, self.option = mujoco.MjvCamera(), mujoco.MjvOption()
+        self.camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
+        self.camera.trackbodyid = 1
+        self.viewport = mujoco.MjrRect(0, 0, 2 * size, 2 * size)
+        if self.backend == "gl":
+            context.make_current()
+            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
+            self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR  # background depth = 0
+
+    def __call__(self, qpos, view=NO_VIEW, tint=None):
+        """Draw one state.
+
+        qpos: (nq,) joint positions. view: see NO_VIEW. tint: (ngeom, 3) added to the colours.
+        Returns rgb (size, size, 3) u8 and alpha (size, size) u8. Without `scene` rgb is
+        premultiplied by alpha; with it, rgb is the whole picture. alpha is the agent's either way.
+        """
+        self.data.qpos[:] = qpos
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_comPos(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+        if tint is not None:
+            self.model.geom_rgba[1:, :3] = np.clip(self.colors[1:, :3] + tint[1:], 0, 1)
+        self.camera.azimuth, self.camera.elevation = 90 + view[0], self.camera_default[1] + view[1]
+        self.camera.distance = self.camera_default[0] * view[3]
+        draw = self._draw_gl if self.backend == "gl" else self._draw_rays
+        rgb, alpha = draw(view[2], agent_only=True)
+        if self.full_scene:
+            rgb, _ = draw(view[2], agent_only=False)
+        return rgb, alpha
+
+    def _place(self, roll, agent_only):
+        """Fill the scene with geoms and the camera, which MuJoCo itself cannot roll."""
+        dynamic, everything = mujoco.mjtCatBit.mjCAT_DYNAMIC, mujoco.mjtCatBit.mjCAT_ALL
+        mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera,
+                               dynamic if agent_only else everything, self.scene)
+        for eye in self.scene.camera if roll else ():
+            side = np.cross(eye.forward, eye.up)
+            eye.up = np.cos(np.radians(roll)) * eye.up + np.sin(np.radians(roll)) * side
+        flags = mujoco.mjtRndFlag
+        self.scene.flags[flags.mjRND_SHADOW] = self.scene.flags[flags.mjRND_REFLECTION] = 0
+        self.scene.flags[flags.mjRND_SKYBOX] = not agent_only
+
+    def _draw_gl(self, roll, agent_only):
+        self._place(roll, agent_only)
+        # Others may draw in this process, and several models share one OpenGL context.
+        gl_context().make_current()
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        mujoco.mjr_render(self.viewport, self.scene, self.context)
+        rgb = np.empty((2 * self.size, 2 * self.size, 3), np.uint8)
+        depth = np.empty((2 * self.size, 2 * self.size), np.float32)
+        mujoco.mjr_readPixels(rgb, depth, self.viewport, self.context)
+        alpha = (depth > 0).astype(np.uint8) * np.uint8(255)
+        return halve(rgb)[::-1], halve(alpha)[::-1]  # OpenGL's first row is the lowest
+
+    def _draw_rays(self, roll, agent_only):
+        """The same picture from `mj_multiRay`: hits, distances and normals, Lambert-shaded."""
+        self._place(roll, agent_only)
+        left, right = self.scene.camera  # the eyes of a stereo camera, a few centimetres apart
+        origin = (left.pos + right.pos).astype(np.float64) / 2
+        n, half = 2 * self.size, left.frustum_top / left.frustum_near  # tan of half the field
+        y, x = np.mgrid[n - 1:-n:-2, 1 - n:n:2] * half / n
+        side = np.cross(left.forward, left.up)
+        rays = left.forward + x.reshape(-1, 1) * side + y.reshape(-1, 1) * left.up
+        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+        # Most rays pass far from the agent: cast those that meet a geom's bounding sphere.
+        centers = self.data.geom_xpos[1:] - origin
+        distances = np.linalg.norm(centers, axis=1)
+        reach = np.sqrt(1 - (self.model.geom_rbound[1:] / distances) ** 2)
+        near = (rays @ (centers / distances[:, None]).T > reach).any(1) | (not agent_only)
+        cast = rays[near]
+        count = len(cast)
+        geom, distance = np.full(count, -1, np.int32), np.zeros(count)
+        normal = np.zeros(3 * count)
+        mujoco.mj_multiRay(self.model, self.data, origin, cast.ravel(), None, not agent_only, -1,
+                           geom, distance, normal, count, mujoco.mjMAXVAL)
+        light = 0.35 + 0.65 * np.abs((normal.reshape(-1, 3) * cast).sum(1, keepdims=True))
+        color = self.model.geom_rgba[geom, :3] * light
+        if not agent_only:  # a chequered floor under a blue sky
+            ground = origin + cast * distance[:, None]
+            checks = np.floor(ground[:, :2]).sum(1) % 2 * 0.15 + 0.25
+            color[geom == 0] = checks[geom == 0, None] + [0, 0.1, 0.2]
+        color[geom < 0] = (0, 0, 0) if agent_only else (0.3, 0.45, 0.6)
+        rgb, alpha = np.zeros((n * n, 3), np.uint8), np.zeros(n * n, np.uint8)
+        rgb[near], alpha[near] = 255 * color.clip(0, 1), 255 * (geom > 0)
+        return halve(rgb.reshape(n, n, 3)), halve(alpha.reshape(n, n))
+
+    def close(self):
+        if self.backend == "gl":
+            self.context.free()
+
+
+# ==================================================================================================
+# 5. Distractors
+#
+# In: a Gymnasium MuJoCo environment. Out: the same environment with 64x64 pixel observations in
+# which everything but the agent moves too, partly following the agent's actions. Stationary or
+# smooth backgrounds are easy: what ruins a latent action is many sharp edges moving independently.
+# ==================================================================================================
+class Backdrop:
+    """Two scrolling textures and 24 striped sprites, each with a velocity of its own.
+
+    Velocities follow, in pixels a step,
+        v = SPEED * (rho * P a + sqrt(1 - rho^2) * u),
+    with a the executed action scaled to [-1, 1], P a random projection that is the same for every
+    episode (P a has unit variance when actions are uniformly random), and u
+    unit-variance Ornstein-Uhlenbeck noise. Colours, shapes, places and u change with `rng`.
+    """
+
+    TEXTURES, SPRITES, SPEED, PERSISTENCE = 2, 24, 2.5, 0.5
+
+    def __init__(self, rng, action_dim, correlation=0.5, size=64):
+        self.rng, self.correlation, self.size = rng, correlation, size
+        self.margin = size // 2  # sprites wrap around out of sight
+        self.period = size + 2 * self.margin
+        D = 2 * (self.TEXTURES + self.SPRITES)
+        rows = np.random.default_rng(0).standard_normal((D, action_dim))
+        self.projection = rows * np.sqrt(3) / np.linalg.norm(rows, axis=1, keepdims=True)
+        self.noise = rng.standard_normal(D)
+        self.velocity = np.zeros(D, np.float32)
+        self.position = rng.uniform(0, self.period, (D // 2, 2))
+        self.horizon = self.margin + int(rng.integers(size // 3, 2 * size // 3))
+        # Each texture is 16x16 random blocks, tiled twice so that any scroll is one slice.
+        blocks = rng.integers(20, 220, (self.TEXTURES, 16, 16, 3), np.uint8)
+        tiles = blocks.repeat(self.period // 16, axis=1).repeat(self.period // 16, axis=2)
+        self.textures = np.tile(tiles, (1, 2, 2, 1))
+        self.sprites = [self._sprite() for _ in range(self.SPRITES)]
+
+    def _sprite(self):
+        """A striped disc, box or diamond -> colours (s, s, 3) u8 and its outline (s, s, 1) bool."""
+        s = int(self.rng.integers(self.size // 5, self.margin))
+        y, x = np.mgrid[:s, :s] - (s - 1) / 2
+        shape = self.rng.integers(3)
+        reach = (np.hypot(x, y), np.maximum(abs(x), abs(y)) * 1.2, abs(x) + abs(y))[shape]
+        angle, width = self.rng.uniform(0, np.pi), self.rng.uniform(0.1, 0.2) * s
+        stripe = (np.cos(angle) * x + np.sin(angle) * y) // width % 2
+        pair = self.rng.integers(0, 256, (2, 3))
+        return pair[stripe.astype(int)].astype(np.uint8), (reach <= s / 2)[..., None]
+
+    def step(self, action):
+        """Move everything; action: (A,) as executed, scaled to [-1, 1]."""
+        keep, rho = self.PERSISTENCE, self.correlation
+        fresh = self.rng.standard_normal(self.noise.shape)
+        self.noise = keep * self.noise + np.sqrt(1 - keep**2) * fresh
+        drive = rho * self.projection @ action + np.sqrt(1 - rho**2) * self.noise
+        self.velocity = (self.SPEED * drive).astype(np.float32)
+        self.position = (self.position + self.velocity.reshape(-1, 2)) % self.period
+
+    def draw(self) -> np.ndarray:
+        """-> (size, size, 3) u8."""
+        canvas = np.empty((self.period, self.period, 3), np.uint8)
+        places = self.position.astype(int)
+        bands = (slice(0, self.horizon), slice(self.horizon, self.period))
+        for texture, (y, x), band in zip(self.textures, places, bands):
+            canvas[band] = texture[y:y + self.period, x:x + self.period][band]
+        for (colors, outline), (y, x) in zip(self.sprites, places[self.TEXTURES:]):
+            spot = canvas[y:y + len(colors), x:x + len(colors)]  # clipped at the canvas's edge
+            h, w = spot.shape[:2]
+            np.copyto(spot, colors[:h, :w], where=outline[:h, :w])
+        inside = slice(self.margin, self.margin + self.size)
+        return canvas[inside, inside]
+
+
+class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
+
+    level: "none" (MuJoCo's own scene), "low" (a Backdrop behind the agent, camera fixed) or "hard"
+        (also camera and agent colours on the random walks of the Distracting Control Suite,
+        arXiv 2101.02722, at `SCALE`). correlation: the Backdrop's rho.
+    camera, size, backend: see AgentRenderer.
+    info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
+        (D,) f32 velocities of the background, pixels a step (camera: degrees), "action" (A,) f32
+        as executed. reset(seed=s) seeds physics and distractors; equal seeds give equal frames.
+    """
+
+    SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
+
+    def __init__(self, env, level="low", correlation=0.5, camera=(2.6, -8.0), size=64,
+                 backend="auto"):
+        gym.utils.RecordConstructorArgs.__init__(
+            self, level=level, correlation=correlation, camera=camera, size=size, backend=backend)
+        super().__init__(env)
+        if level not in DISTRACTORS:
+            raise ValueError(f"level is {level!r}; it must be one of {', '.join(DISTRACTORS)}")
+        self.level, self.correlation, self.size = level, correlation, size
+        self.renderer = AgentRenderer(env.unwrapped.model, camera, size, level == "none", backend)
+        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.rng = np.random.default_rng()
+        self.frame = None
+
+    def reset(self, *, seed=None, options=None):
+        state, info = self.env.reset(seed=seed, options=options)
+        if seed is not None:
+            self.rng = np.random.default_rng([seed, 1])
+        action_dim, geoms = self.action_space.shape[0], self.unwrapped.model.ngeom
+        self.backdrop = Backdrop(self.rng, action_dim, self.correlation, self.size)
+        # Distracting Control Suite: walks of position and velocity inside hard limits, here for
+        # azimuth, elevation and roll (degrees) and the distance factor.
+        limit = np.array([90, 90, 90, 0.5]) * self.SCALE
+        self.view_limit = limit
+        self.view, self.view_velocity = self.rng.uniform(-limit, limit), np.zeros(4)
+        self.tint = self.rng.uniform(-self.SCALE, self.SCALE, (geoms, 3))
+        return self._observe(state, info, np.zeros(action_dim, np.float32))
+
+    def step(self, action):
+        executed = np.clip(action, self.action_space.low, self.action_space.high)
+        state, reward, terminated, truncated, info = self.env.step(executed)
+        self.backdrop.step(executed / self.action_space.high)
+        if self.level == "hard":
+            self._walk()
+        observation, info = self._observe(state, info, executed.astype(np.float32))
+        return observation, reward, terminated, truncated, info
+
+    def _walk(self):
+        """One step of the camera's and the colours' random walks."""
+        limit, normal = self.view_limit, self.rng.standard_normal
+        speed = self.view_velocity + 0.05 * limit * normal(4)
+        self.view_velocity = np.clip(speed, -0.2 * limit, 0.2 * limit)
+        self.view = np.clip(self.view + self.view_velocity, -limit, limit)
+        walk = self.tint + 0.03 * self.SCALE * normal(self.tint.shape)
+        self.tint = np.clip(walk, -self.SCALE, self.SCALE)
+
+    def _observe(self, state, info, executed):
+        pose = (self.view + [0, 0, 0, 1], self.tint) if self.level == "hard" else ()
+        rgb, mask = self.renderer(self.unwrapped.data.qpos, *pose)
+        behind = self.level != "none"
+        self.frame = compose(rgb, mask, self.backdrop.draw()) if behind else rgb.copy()
+        moved = self.backdrop.velocity if behind else np.zeros_like(self.backdrop.velocity)
+        return self.frame, info | {"state": state, "mask": mask, "distractor": moved,
+                                   "action": executed}
+
+    def render(self):
+        return self.frame
+
+    def close(self):
+        self.renderer.close()
+        super().close()
+
+
+# ==================================================================================================
+# 6. Video
+#
+# In: a task, its expert and a distractor level. Out: episodes in memory-mapped arrays, and index
+# arithmetic that cuts training windows from them. Everything after this section is off-line.
+# ==================================================================================================
+@dataclass
+class Video:
+    """Recorded episodes; frames[e, t] is what the agent sees when it chooses actions[e, t].
+
+    frames (E, T, H, W, 3) u8; masks (E, T, H, W) u8, 255 = agent; actions (E, T, A) f32, executed;
+    rewards (E, T) f32; states (E, T, S) f32; distractor (E, T, D) f32, how the background moved
+    from t to t + 1; length (E,) i64, steps until the episode ended. Only the probe, the action
+    decoder and the references may read actions.
+    """
+
+    frames: np.ndarray
+    masks: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    states: np.ndarray
+    distractor: np.ndarray
+    length: np.ndarray
+
+    @classmethod
+    def open(cls, folder, mode="r"):
+        """Map the arrays of a folder; ValueError or OSError if one is damaged or missing."""
+        video = cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
+        if any(getattr(video, f.name).shape[:1] != video.length.shape for f in fields(cls)):
+            raise ValueError("its arrays differ in their number of episodes")
+        return video
+
+    @classmethod
+    def create(cls, folder, E, T, size, A, S, D):
+        """Make empty files; length 0 marks an episode that is still to be recorded."""
+        shapes = dict(frames=(E, T, size, size, 3), masks=(E, T, size, size), actions=(E, T, A),
+                      rewards=(E, T), states=(E, T, S), distractor=(E, T, D), length=(E,))
+        types = dict(frames=np.uint8, masks=np.uint8, length=np.int64)
+        Path(folder).mkdir(parents=True)
+        for name, shape in shapes.items():
+            path = Path(folder) / f"{name}.npy"
+            np.lib.format.open_memmap(path, "w+", types.get(name, np.float32), shape).flush()
+
+    def select(self, episodes):
+        """The same video with only these episodes, a slice."""
+        return Video(*(getattr(self, f.name)[episodes] for f in fields(self)))
+
+    def shrink(self, size):
+        """Frames and masks box-averaged down to size x size pixels, in memory."""
+        factor = self.frames.shape[2] // size
+        frames, masks = (np.stack([box_average(episode, factor) for episode in x])
+                         for x in (self.frames, self.masks))
+        return replace(self, frames=frames, masks=masks)
+
+
+def box_average(images: np.ndarray, factor: int) -> np.ndarray:
+    """(T, H, W, ...) u8 -> (T, H / factor, W / factor, ...) u8."""
+    T, H, W, *rest = images.shape
+    boxes = images.reshape(T, H // factor, factor, W // factor, factor, *rest)
+    return ((boxes.sum((2, 4), np.uint32) + factor**2 // 2) // factor**2).astype(np.uint8)
+
+
+def start_worker():
+    """Prepare a worker process: one thread, no say in Ctrl-C, no life without its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def silence_mujoco():
+    """Keep the models' deprecation warnings off the screen and out of ./MUJOCO_LOG.TXT."""
+    mujoco.set_mju_user_warning(lambda message: None)
+
+
+def worker_pool():
+    context = multiprocessing.get_context("spawn")  # fork and OpenGL or threads do not mix
+    return futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker)
+
+
+def episode_seed(config, split, index):
+    """Environment seed of an episode; splits never share one, nor do runs with other seeds."""
+    block = ("train", "heldout", "decorrelated", "evaluate").index(split)
+    return config.seed * 10**6 + block * 250_000 + index
+
+
+def make_env(config, correlation=None):
+    """The task's environment with the config's distractors; correlation: None or another rho."""
+    silence_mujoco()
+    task = TASKS[config.task]
+    env = gym.make(task.env_id, disable_env_checker=True, max_episode_steps=10**6)
+    return Distractors(env, config.distractor,
+                       config.correlation if correlation is None else correlation,
+                       (task.distance, task.elevation), config.frame_size, config.renderer)
+
+
+cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
+
+
+def record_episode(job) -> int:
+    """Record episode `index` of (config, folder, index, seed, correlation) into its files."""
+    config, folder, index, seed, correlation = job
+    env, video, rng = cached_env(config, correlation), Video.open(folder, "r+"), random(seed, "act")
+    frame, info = env.reset(seed=seed)
+    expert = load_expert(TASKS[config.task].expert, len(info["state"]))
+    noise_scale = rng.uniform(0, config.action_noise)
+    for t in range(config.steps):
+        video.frames[index, t], video.masks[index, t] = frame, info["mask"]
+        video.states[index, t] = info["state"]
+        noise = noise_scale * rng.standard_normal(len(expert))
+        action = expert_action(expert, info["state"]) + noise
+        frame, video.rewards[index, t], terminated, _, info = env.step(action)
+        video.actions[index, t], video.distractor[index, t] = info["action"], info["distractor"]
+        if terminated:
+            break
+    video.length[index] = t + 1
+    return t + 1
+
+
+def record(config, folder):
+    """Record the run's two videos, going on where an earlier call was stopped.
+
+    folder/main: `episodes` for training, then `heldout_episodes`. folder/decorrelated:
+    `heldout_episodes` more whose background no longer follows the action (rho = 0).
+    Returns the number of frames recorded and the name of the renderer.
+    """
+    env = make_env(config)
+    _, info = env.reset(seed=0)
+    sizes = (config.steps, config.frame_size, env.action_space.shape[0], len(info["state"]),
+             len(info["distractor"]))
+    backend, reason = env.renderer.backend, env.renderer.fallback_reason
+    if reason:
+        print(f"no OpenGL context ({reason}): drawing with ray casts, which is slower")
+    E, H, jobs = config.episodes, config.heldout_episodes, []
+    for name, count, rho in (("main", E + H, config.correlation), ("decorrelated", H, 0.0)):
+        if not (folder / name).exists():
+            Video.create(folder / name, count, *sizes)
+        done = Video.open(folder / name).length
+        splits = [("train", i) for i in range(E)] if name == "main" else []
+        splits += [("heldout" if name == "main" else name, i) for i in range(H)]
+        jobs += [(config, folder / name, i, episode_seed(config, *split), rho)
+                 for i, split in enumerate(splits) if not done[i]]
+    with worker_pool() as pool, tqdm(desc="record", unit=" frames", leave=False,
+                                     total=len(jobs) * config.steps) as bar:
+        for count in pool.map(record_episode, jobs):
+            bar.update(count)
+        return bar.n, backend
+
+
+class Windows:
+    """Index arithmetic for training windows: every (e, t) whose episode goes on to t + 1.
+
+    A window of offset k is the stack before (t-2, t-1, t), the stack after (t+k-2, t+k-1, t+k)
+    and the next frame t + 1. It never crosses an episode's end: history before the first frame
+    repeats the first frame, and k is cut to what the episode has left.
+    """
+
+    def __init__(self, video: Video, device="cpu"):
+        self.video, self.T, self.device = video, video.frames.shape[1], device
+        self.frames = torch.from_numpy(np.ascontiguousarray(video.frames)).flatten(0, 1).to(device)
+        self.masks = torch.from_numpy(np.ascontiguousarray(video.masks)).flatten(0, 1).to(device)
+        steps = np.arange(self.T)
+        self.e, self.t = np.nonzero(steps[None] + 1 < video.length[:, None])
+
+    def __len__(self):
+        return len(self.e)
+
+    def index(self, windows: np.ndarray, k) -> np.ndarray:
+        """(B,) windows and offsets k (B,) or int -> (B, 7) flat frame indices: 3, 3, next."""
+        e, t = self.e[windows], self.t[windows]
+        k = np.minimum(k, self.video.length[e] - 1 - t)
+        offsets = [t - 2, t - 1, t, t + k - 2, t + k - 1, t + k, t + 1]
+        return e[:, None] * self.T + np.stack(offsets, 1).clip(0)
+
+    def batch(self, windows, k=1):
+        """-> before (B, 9, H, W), after (B, 9, H, W), next frame (B, 3, H, W), all floats in
+        [-0.5, 0.5] with the newest frame last, and the next frame's mask (B, 1, H, W) in [0, 1]."""
+        index = torch.from_numpy(self.index(windows, k)).to(self.device)
+        frames = to_float(self.frames[index])  # one gather: (B, 7, H, W, 3) u8 -> (B, 21, H, W)
+        return frames[:, :9], frames[:, 9:18], frames[:, 18:], self.masks[index[:, 6:]] / 255.0
+
+    def actions(self, windows):
+        """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
+        return self.video.actions[self.e[windows], self.t[windows]]
+
+
+def to_float(frames: torch.Tensor) -> torch.Tensor:
+    """(B, n, H, W, 3) u8 -> (B, 3 n, H, W) in [-0.5, 0.5], channels last in memory."""
+    stacked = frames.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    return stacked.contiguous(memory_format=torch.channels_last).float() / 255 - 0.5
+
+
+# ==================================================================================================
+# 7. Masks
+#
+# In: a Video. Out: its agent masks and how good they are. The simulator's masks were drawn along
+# with the frames and stand in video.masks already; this section measures masks against them.
+# ==================================================================================================
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
+    a, b = a >= 128, b >= 128
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+# ==================================================================================================
+# 8. Networks
+#
+# The convolutional encoder of IMPALA (arXiv 1802.01561), three times: the IDM turns six frames
+# into a latent action, the FDM three frames and a latent action into the next frame, the policy
+# three frames into a latent action. All three know frames only as (B, 3 n, H, W) in [-0.5, 0.5].
+# ==================================================================================================
+class ResidualBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+
+def encoder(channels, patch, widths, blocks):
+    """(B, channels, H, W) -> (B, widths[-1], h, w) with H / h = `encoder_stride`.
+
+    IMPALA: each stage is a convolution, a halving max-pool and residual blocks. With patch > 1
+    the first stage folds patch x patch pixels into channels instead, which costs a CPU far less.
+    """
+    layers = []
+    for stage, width in enumerate(widths):
+        if patch > 1 and stage == 0:
+            layers += [nn.PixelUnshuffle(patch), nn.Conv2d(channels * patch**2, width, 1)]
+        else:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.MaxPool2d(3, 2, padding=1)]
+        layers += [ResidualBlock(width) for _ in range(blocks)]
+        channels = width
+    return nn.Sequential(*layers, nn.ReLU())
+
+
+def encoder_stride(patch, widths):
+    return patch * 2 ** (len(widths) - 1) if patch > 1 else 2 ** len(widths)
+
+
+def decoder(patch, widths, blocks):
+    """The mirror image of `encoder`: (B, widths[-1], h, w) -> (B, 3, H, W)."""
+    layers = []
+    for stage in reversed(range(len(widths))):
+        width, below = widths[stage], widths[max(stage - 1, 0)]
+        layers += [ResidualBlock(width) for _ in range(blocks)] + [nn.ReLU()]
+        if patch > 1 and stage == 0:
+            layers += [nn.Conv2d(width, 3 * patch**2, 1), nn.PixelShuffle(patch)]
+        else:
+            layers += [nn.Upsample(scale_factor=2), nn.Conv2d(width, below, 3, padding=1)]
+    if patch == 1:
+        layers += [nn.ReLU(), nn.Conv2d(widths[0], 3, 3, padding=1)]
+    return nn.Sequential(*layers)
+
+
+class FrameEncoder(nn.Module):
+    """`frames` stacked frames -> a vector: the IDM (6 -> Z), the policy (3 -> Z or A)."""
+
+    def __init__(self, config, frames, outputs):
+        super().__init__()
+        side = config.image_size // encoder_stride(config.patch, config.idm_widths)
+        self.encoder = encoder(3 * frames, config.patch, config.idm_widths, config.blocks)
+        self.head = nn.Linear(config.idm_widths[-1] * side**2, outputs)
+
+    def forward(self, *stacks):
+        return self.head(self.encoder(torch.cat(stacks, 1)).flatten(1))  # (B, outputs)
+
+
+class FDM(nn.Module):
+    """Three frames (B, 9, H, W) and a latent action (B, Z) -> the next frame (B, 3, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.fdm_widths[-1]
+        self.side = config.image_size // encoder_stride(config.patch, config.fdm_widths)
+        self.encoder = encoder(9, config.patch, config.fdm_widths, config.blocks)
+        self.latent = nn.Linear(config.latent_dim, width * self.side**2)
+        self.merge = nn.Conv2d(2 * width, width, 1)
+        self.decoder = decoder(config.patch, config.fdm_widths, config.blocks)
+
+    def forward(self, before, latent):
+        seen = self.encoder(before)
+        action = self.latent(latent).view(len(seen), -1, self.side, self.side)  # Z -> a map
+        merged = self.merge(torch.cat([seen, action], 1))  # (B, 2 width, h, w) -> (B, width, h, w)
+        return torch.tanh(self.decoder(merged)) / 2
+
+
+# ==================================================================================================
+# 9. Latent action models
+#
+# In: windows of a Video. Out: an IDM whose latent actions explain what the masked loss asks for,
+# and its FDM. One loop trains every method; they differ in the weight of the background alone.
+# ==================================================================================================
+def masked_mse(prediction, target, mask, background_weight=0.0):
+    """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
+
+    prediction, target (B, C, H, W); mask (B, 1, H, W) in [0, 1], 1 = agent. Every pixel weighs
+    w = mask + background_weight (1 - mask), and the result is sum(w error^2) / (C sum(w)).
+    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask.
+    """
+    if background_weight == 1:
+        return F.mse_loss(prediction, target)
+    weight = mask + background_weight * (1 - mask)
+    error = weight * (prediction - target) ** 2  # (B, C, H, W)
+    return error.sum() / (prediction.shape[1] * weight.sum())
+
+
+def autocast(device):
+    """bfloat16 where the device multiplies it natively; float32 elsewhere."""
+    cpu = torch.cpu.get_capabilities() if str(device) == "cpu" else {}
+    native = str(device) != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bool(native))
+
+
+def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None):
+    """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
+
+    compute_loss(step) -> scalar tensor. It draws its batch from `step` alone, so that a run
+    that was stopped and goes on from `checkpoint` (a path; written twice a minute) gives the same
+    numbers as one that was not. report(step) -> number, taken ten times.
+    Returns history: [(step, mean loss since the last entry, report)].
+    """
+    modules = nn.ModuleList(modules)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr, (0.9, 0.99))
+    schedule = lambda step: min(1, (step + 1) / (0.05 * updates + 1)) * 0.5 * (
+        1 + math.cos(math.pi * step / updates))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    start, history, losses = 0, [], []
+    if checkpoint and checkpoint.exists():
+        saved = load_torch(checkpoint)
+        modules.load_state_dict(saved["modules"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        start, history, losses = saved["step"], saved["history"], saved["losses"]
+    every, saved_at = max(1, updates // 10), time.monotonic()
+    for step in tqdm(range(start, updates), text, updates, initial=start, leave=False):
+        loss = compute_loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.detach())
+        if (step + 1) % every == 0:
+            history.append((step + 1, float(torch.stack(losses).mean()),
+                            report(step + 1) if report else None))
+            losses = []
+        if checkpoint and time.monotonic() - saved_at > 30:
+            save_torch(checkpoint, dict(modules=modules.state_dict(), losses=losses, step=step + 1,
+                                        optimizer=optimizer.state_dict(), history=history,
+                                        scheduler=scheduler.state_dict()))
+            saved_at = time.monotonic()
+    return history
+
+
+def make_lam(config, seed):
+    """A fresh IDM and FDM with the weights that `seed` gives them."""
+    torch.manual_seed(seed)
+    layout = dict(memory_format=torch.channels_last)
+    idm, fdm = FrameEncoder(config, 6, config.latent_dim), FDM(config)
+    return idm.to(**layout), fdm.to(**layout)
+
+
+def train_lam(config, windows: Windows, background_weight, text="lam", report=None,
+              checkpoint=None):
+    """Train a latent action model; -> (idm, fdm, history). report(idm) -> held-out probe NMSE."""
+    idm, fdm = (module.to(windows.device) for module in make_lam(config, config.seed))
+
+    def loss(step):
+        rng = random(config.seed, "lam", step)
+        chosen = rng.integers(len(windows), size=config.batch_size)
+        offsets = rng.integers(1, config.offset + 1, config.batch_size)
+        before, after, target, mask = windows.batch(chosen, offsets)
+        with autocast(windows.device):
+            prediction = fdm(before, idm(before, after))
+        return masked_mse(prediction.float(), target, mask, background_weight)
+
+    history = train([idm, fdm], loss, config.lam_updates, config.lam_lr, text, checkpoint,
+                    report and (lambda step: report(idm)))
+    return idm.eval(), fdm.eval(), history
+
+
+def train_supervised_idm(config, windows: Windows, checkpoint=None):
+    """The IDM's network on true actions, k = 1: what no latent action model can beat by much.
+
+    Actions are a linear map of its Z outputs, which the probe can so read like any latent.
+    """
+    idm = make_lam(config, config.seed)[0].to(windows.device)
+    head = nn.Linear(config.latent_dim, windows.video.actions.shape[-1]).to(windows.device)
+
+    def loss(step):
+        rng = random(config.seed, "lam", step)
+        chosen = rng.integers(len(windows), size=config.batch_size)
+        before, after, _, _ = windows.batch(chosen)
+        with autocast(windows.device):
+            predicted = head(idm(before, after))
+        return F.mse_loss(predicted.float(), action_tensor(windows, chosen))
+
+    train([idm, head], loss, config.lam_updates, config.lam_lr, "supervised-idm", checkpoint)
+    return idm.eval()
+
+
+def action_tensor(windows, chosen):
+    return torch.from_numpy(windows.actions(chosen)).to(windows.device)
+
+
+@torch.no_grad()
+def latents(idm, windows: Windows, chosen=None) -> np.ndarray:
+    """Latent actions (n, Z) f32 of the chosen windows (default: all), k = 1, newest future."""
+    chosen = np.arange(len(windows)) if chosen is None else chosen
+    batches = (windows.batch(part) for part in np.split(chosen, range(512, len(chosen), 512)))
+    return torch.cat([idm(before, after).cpu() for before, after, _, _ in batches]).numpy()
+
+
+# ==================================================================================================
+# 10. Linear probe
+#
+# In: latent actions and true actions of training and held-out episodes. Out: how much of the action
+# a linear map reads from the latent. Closed form, so nothing is tuned and nothing can diverge.
+# ==================================================================================================
+def ridge(inputs, targets, penalty=1e-4):
+    """Ridge regression with intercept in closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A).
+
+    Inputs are standardised; penalty is relative to the number of samples.
+    """
+    inputs, targets = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
+    center, scale, offset = inputs.mean(0), inputs.std(0) + 1e-8, targets.mean(0)
+    X = (inputs - center) / scale
+    gram = X.T @ X + penalty * len(X) * np.eye(X.shape[1])
+    weights = np.linalg.solve(gram, X.T @ (targets - offset))
+    return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + offset
+
+
+def nmse(prediction, target) -> np.ndarray:
+    """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
+    return ((prediction - target) ** 2).mean(0) / target.var(0)
+
+
+def r2(prediction, target) -> float:
+    """1 - NMSE, averaged over the dimensions that vary at all; 0 where none does."""
+    moves = target.var(0) > 1e-12
+    return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
+
+
+def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) -> dict:
+    """Linear probe of encode(windows) -> (n, Z), fitted on `training`, read on unseen episodes.
+
+    decorrelated: episodes whose background ignores the action (rho = 0): what remains of the
+    same frozen probe there. leakage: R2 of a second probe, for the background's velocity, fitted
+    on one half of those episodes and read on the other; the action says nothing about it there.
+    """
+    z, z_heldout, z_decorrelated = (encode(w) for w in (training, heldout, decorrelated))
+    a, a_heldout, a_decorrelated = (w.actions(np.arange(len(w)))
+                                    for w in (training, heldout, decorrelated))
+    read = ridge(z, a)
+    moved = decorrelated.video.distractor[decorrelated.e, decorrelated.t]
+    half = decorrelated.e < len(decorrelated.video.length) // 2
+    per_dimension = nmse(read(z_heldout), a_heldout)
+    return dict(
+        probe_nmse=float(per_dimension.mean()),
+        probe_r2=r2(read(z_heldout), a_heldout),
+        probe_nmse_per_dimension=per_dimension.tolist(),
+        probe_nmse_decorrelated=float(nmse(read(z_decorrelated), a_decorrelated).mean()),
+        leakage_r2=r2(ridge(z_decorrelated[half], moved[half])(z_decorrelated[~half]),
+                      moved[~half]))
+
+
+# ==================================================================================================
+# 11. Latent policy
+#
+# In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
+# actions from frames alone, then decode the cloned latents to actions with a few labels.
+# ==================================================================================================
+def labelled_windows(windows: Windows, labels: int) -> np.ndarray:
+    """The first `labels` windows: whole episodes, the last one cut short where it must be."""
+    return np.arange(min(labels, len(windows)))
+
+
+def clone(config, windows: Windows, targets: np.ndarray, text, chosen=None, checkpoint=None):
+    """Behaviour cloning from frames: regress targets (len(windows), Z or A) on the stack before.
+
+    chosen: the windows to learn from (default: all). Returns the policy network.
+    """
+    torch.manual_seed(config.seed + 1)
+    policy = FrameEncoder(config, 3, targets.shape[1]).to(windows.device)
+    policy.to(memory_format=torch.channels_last)
+    chosen = np.arange(len(windows)) if chosen is None else chosen
+    targets = torch.from_numpy(targets).to(windows.device)
+
+    def loss(step):
+        batch = chosen[random(config.seed, "clone", step).integers(len(chosen),
+                                                                 size=config.batch_size)]
+        before, _, _, _ = windows.batch(batch)
+        with autocast(windows.device):
+            prediction = policy(before)
+        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
+
+    train([policy], loss, config.policy_updates, config.policy_lr, text, checkpoint)
+    return policy.eval()
+
+
+def make_decoder(latent_dim, action_dim):
+    return nn.Sequential(nn.Linear(latent_dim, 256), nn.ReLU(), nn.Linear(256, action_dim))
+
+
+def train_decoder(config, policy, windows: Windows, chosen):
+    """MLP from the policy's latents to actions on the labelled windows; -> the MLP."""
+    torch.manual_seed(config.seed + 2)
+    with torch.no_grad():
+        z = torch.cat([policy(windows.batch(part)[0])
+                       for part in np.split(chosen, range(512, len(chosen), 512))])
+    actions = action_tensor(windows, chosen)
+    mlp = make_decoder(z.shape[1], actions.shape[1]).to(windows.device)
+
+    def loss(step):
+        batch = random(config.seed, "decode", step).integers(len(chosen), size=128)
+        return F.mse_loss(mlp(z[batch]), actions[batch])
+
+    train([mlp], loss, config.decoder_updates, 1e-3, "decoder")
+    return mlp.eval()
+
+
+# ==================================================================================================
+# 12. Evaluation
+#
+# In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
+# probed on. Episodes of one job step together, so that the policy sees batches.
+# ==================================================================================================
+@torch.no_grad()
+def rollout(job):
+    """Episodes of (config, pickled policy, seeds) -> (returns (n,), film of the first episode).
+
+    The policy maps (n, 9, H, W) to actions (n, A). film: (t, H, W, 3) u8, t <= 200.
+    """
+    config, pickled, seeds = job
+    policy, factor = pickle.loads(pickled), config.frame_size // config.image_size
+    envs = [make_env(config) for _ in seeds]
+    first = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+    history = np.stack([first] * 3, 1)  # (n, 3, H, W, 3): before the first frame, the first frame
+    returns, alive, film = np.zeros(len(envs)), np.ones(len(envs), bool), []
+    for _ in range(config.eval_steps):
+        small = np.stack([box_average(stack, factor) for stack in history])
+        actions = policy(to_float(torch.from_numpy(small))).numpy()
+        if len(film) < 200 and alive[0]:
+            film.append(history[0, -1].copy())
+        history[:, :-1] = history[:, 1:]
+        for i in np.flatnonzero(alive):
+            history[i, -1], reward, terminated, _, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            alive[i] = not terminated
+        if not alive.any():
+            break
+    for env in envs:
+        env.close()
+    return returns, np.stack(film)
+
+
+def evaluate(config, policy: nn.Module, text):
+    """Returns (eval_episodes,) of a pixel policy, and a film of the first episode."""
+    pickled = pickle.dumps(policy.cpu())
+    seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
+    jobs = [(config, pickled, seeds[i:i + 5]) for i in range(0, len(seeds), 5)]
+    with worker_pool() as pool:
+        results = list(tqdm(pool.map(rollout, jobs), f"evaluate {text}", len(jobs), leave=False))
+    return np.concatenate([returns for returns, _ in results]), results[0][1]
+
+
+def evaluate_state_policy(config, name):
+    """Returns (eval_episodes,) of "expert" or "random", which read states, not pixels."""
+    task, expert = TASKS[config.task], None
+    if name == "expert":
+        expert = load_expert(task.expert, state_env(task.env_id).observation_space.shape[0])
+    seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
+    return np.array([state_rollout((task.env_id, expert, seed, config.eval_steps))[0]
+                     for seed in seeds])
+
+
+# ==================================================================================================
+# 13. Report
+#
+# In: the numbers of all stages. Out: a table, two figures and an animation.
+# ==================================================================================================
+COLUMNS = (("probe_nmse", "NMSE"), ("probe_nmse_decorrelated", "NMSE rho=0"),
+           ("leakage_r2", "leakage"), ("return_mean", "return"), ("return_std", "+-"),
+           ("normalized_return", "normalised"), ("labels", "labels"))
+
+
+def table(results: dict) -> str:
+    """The results' methods and references as lines of text."""
+    lines = [f"{'':16}" + "".join(f"{title:>12}" for _, title in COLUMNS)]
+    for name, row in results["methods"].items():
+        cells = (row.get(key) for key, _ in COLUMNS)
+        text = ("" if v is None else f"{v:d}" if isinstance(v, int) else
+                f"{v:.0f}" if abs(v) >= 10 else f"{v:.2f}" for v in cells)
+        lines.append(f"{name:16}" + "".join(f"{cell:>12}" for cell in text))
+    for name in ("expert", "random"):
+        lines.append(f"{name:16}" + " " * 36 + f"{results[name + '_return']:>12.0f}")
+    return "\n".join(lines)
+
+
+def save_figure(figure, path):
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
+
+
+def plot_summary(results, predictions, path):
+    """Bars of NMSE and return, NMSE per action dimension, and what each FDM predicted.
+
+    predictions: {method: (true, predicted, mask)}, each (H, W, 3) or (H, W) u8.
+    """
+    methods = [m for m in results["methods"] if m in predictions]
+    figure = Figure(figsize=(11, 3.2 + 2.1 * len(methods)))
+    grid = figure.add_gridspec(1 + len(methods), 12, height_ratios=[1.5] + [1] * len(methods),
+                               hspace=0.45, wspace=1.2)
+    axes = [figure.add_subplot(grid[0, i:i + 4]) for i in (0, 4, 8)]
+    for ax, key, title in ((axes[0], "probe_nmse", "probe NMSE of the action (lower is better)"),
+                           (axes[1], "return_mean", "return (higher is better)")):
+        rows = {n: r for n, r in results["methods"].items() if key in r}
+        errors = [r["return_std"] if key == "return_mean" else 0 for r in rows.values()]
+        ax.bar(list(rows), [r[key] for r in rows.values()], yerr=errors, color=COLORS, capsize=3)
+        ax.set_title(title, fontsize=9)
+        ax.tick_params(axis="x", labelrotation=25, labelsize=8)
+    for i, name in enumerate(methods):
+        values = results["methods"][name]["probe_nmse_per_dimension"]
+        width = 0.8 / len(methods)
+        axes[2].bar(np.arange(len(values)) + i * width, values, width, label=name, color=COLORS[i])
+        true, predicted, mask = predictions[name]
+        error = np.abs(true.astype(int) - predicted).mean(-1)
+        pictures = ((true, "next frame"), (predicted, f"{name}: prediction"),
+                    (error, "absolute error"), (mask, "mask"))
+        for column, (picture, title) in enumerate(pictures):
+            ax = figure.add_subplot(grid[1 + i, 3 * column:3 * column + 3])
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=128 if title == "absolute error" else 255)
+            ax.set_title(title, fontsize=9)
+            ax.axis("off")
+    axes[2].set_title("probe NMSE per action dimension", fontsize=9)
+    axes[2].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+COLORS = ["tab:red", "tab:green", "tab:gray", "silver", "tab:blue"]
+
+
+def plot_training(histories, path):
+    """Loss and held-out probe NMSE over optimiser steps: {method: [(step, loss, nmse)]}."""
+    figure = Figure(figsize=(9, 3))
+    left, right = figure.subplots(1, 2)
+    for (name, history), color in zip(histories.items(), COLORS):
+        steps, losses, nmses = zip(*history)
+        left.plot(steps, np.array(losses) / losses[0], "o-", color=color, label=name)
+        right.plot(steps, nmses, "o-", color=color, label=name)
+    left.set(xlabel="optimiser steps", title="training loss, relative to the first", yscale="log")
+    right.set(xlabel="optimiser steps", title="held-out probe NMSE", ylim=(0, 1.05))
+    left.legend()
+    save_figure(figure, path)
+
+
+def save_animation(films, path, scale=3):
+    """Side-by-side GIF of {title: (t, H, W, 3) u8}, 20 frames a second."""
+    longest = max(len(film) for film in films.values())
+    rows = []
+    for film in films.values():
+        still = np.repeat(film[-1:], longest - len(film), 0)  # a film that ended stays on its end
+        rows.append(np.pad(np.concatenate([film, still]), ((0, 0), (0, 0), (0, 2), (0, 0))))
+    frames = np.concatenate(rows, 2).repeat(scale, 1).repeat(scale, 2)
+    images = [Image.fromarray(frame).quantize(64) for frame in frames]
+    with written_whole(path) as temporary:
+        images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=50,
+                       loop=0)
+
+
+# ==================================================================================================
+# 14. Pipeline
+#
+# In: the command line. Out: a run's folder. Stages are cached under a key made of the config fields
+# they depend on, written whole or not at all, and taken up again where a killed run stopped.
+# ==================================================================================================
+FORMAT = "masklam-1"
+RECORDING = ("task", "seed", "distractor", "correlation", "episodes", "heldout_episodes", "steps",
+             "action_noise", "frame_size", "renderer")
+NETWORK = ("image_size", "patch", "idm_widths", "blocks", "batch_size")
+MODEL = NETWORK + ("latent_dim", "offset", "fdm_widths", "lam_updates", "lam_lr")
+POLICY = NETWORK + ("policy_updates", "policy_lr")
+DECODER = ("labels", "decoder_updates")
+EVALUATION = ("eval_episodes", "eval_steps")
+REFERENCES = ("oracle", "labels-only")  # cloned from true actions: all of them, the labelled ones
+STAGES = ("record", "lam", "probe", "policy", "evaluate", "report")
+
+
+def cache_key(config, names, *extra) -> str:
+    """Twelve hex digits that change when one of the named fields (or an extra) does."""
+    text = json.dumps([FORMAT, {n: getattr(config, n) for n in names}, extra], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A temporary path to write to; it takes path's place, on disk, only if nothing failed."""
+    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_torch(path, payload):
+    with written_whole(path) as temporary:
+        torch.save({"format": FORMAT, "payload": payload}, temporary)
+
+
+def load_torch(path):
+    """What save_torch wrote; UserError for a damaged or foreign file."""
+    try:
+        saved = torch.load(path, weights_only=True)
+        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+            raise ValueError(f"not a {FORMAT} file")
+        return saved["payload"]
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is damaged or foreign ({first_line(error)}); delete it, or pass "
+                        "--fresh to compute it again") from error
+
+
+def save_json(path, value):
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def first_line(error) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
+class Run:
+    """One seed's folder: its cache, its clock and its results."""
+
+    def __init__(self, config: Config, folder: Path, device, fresh=False):
+        self.config, self.folder, self.device, self.fresh = config, folder, device, fresh
+        self.cache, self.seconds = folder / "cache", {}
+        try:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.cache / "writable") as temporary:
+                temporary.touch()
+        except OSError as error:
+            raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
+
+    def cached(self, stage, name, key, compute):
+        """compute(checkpoint path) -> payload of tensors and numbers, or the one from the cache."""
+        path = self.cache / f"{stage}-{name}-{key}.pt"
+        partial = path.with_suffix(".partial")
+        if path.exists() and not self.fresh:
+            payload, seconds = load_torch(path)
+        else:
+            if self.fresh:
+                partial.unlink(missing_ok=True)
+            start = time.monotonic()
+            payload = compute(partial)
+            seconds = time.monotonic() - start
+            save_torch(path, (payload, seconds))
+            partial.unlink(missing_ok=True)
+        self.seconds[stage] = self.seconds.get(stage, 0) + seconds
+        return payload
+
+    @functools.cached_property
+    def windows(self):
+        """Training, held-out and decorrelated video as Windows; records it where need be."""
+        key = cache_key(self.config, RECORDING)
+        folder, partial = self.cache / f"video-{key}", self.cache / f"video-{key}.partial"
+        if self.fresh:
+            shutil.rmtree(partial, ignore_errors=True)
+
+        def compute(_):
+            start = time.monotonic()
+            frames, backend = record(self.config, partial)
+            print(f"recorded {frames} frames, {frames / (time.monotonic() - start):.0f} a second")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+            return backend
+
+        self.renderer = self.cached("record", "video", key, compute)
+        try:
+            main, decorrelated = (Video.open(folder / name) for name in ("main", "decorrelated"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is damaged ({first_line(error)}); pass --fresh to record "
+                            "again") from error
+        E = self.config.episodes
+        parts = main.select(slice(0, E)), main.select(slice(E, None)), decorrelated
+        return [Windows(part.shrink(self.config.image_size), self.device) for part in parts]
+
+    def lam_key(self, method):
+        return cache_key(self.config, RECORDING + MODEL, method, self.background_weight(method))
+
+    def background_weight(self, method):
+        return self.config.background_weight if method == "masklam" else METHODS.get(method)
+
+    @functools.cache
+    def lam(self, method):
+        """-> (idm, fdm, history) of a method, or of the supervised-idm reference (no fdm)."""
+        training, heldout, _ = self.windows
+        sample = [random(self.config.seed, "report", i).permutation(len(w))[:4000]
+                  for i, w in enumerate((training, heldout))]
+
+        def probe_nmse(idm):
+            read = ridge(latents(idm, training, sample[0]), training.actions(sample[0]))
+            predicted = read(latents(idm, heldout, sample[1]))
+            return float(nmse(predicted, heldout.actions(sample[1])).mean())
+
+        def compute(partial):
+            if method == "supervised-idm":
+                return train_supervised_idm(self.config, training, partial).state_dict(), None, []
+            idm, fdm, history = train_lam(self.config, training, self.background_weight(method),
+                                          method, probe_nmse, partial)
+            return idm.state_dict(), fdm.state_dict(), history
+
+        idm_state, fdm_state, history = self.cached("lam", method, self.lam_key(method), compute)
+        idm, fdm = (module.to(self.device).eval() for module in make_lam(self.config, 0))
+        idm.load_state_dict(idm_state)
+        if fdm_state:
+            fdm.load_state_dict(fdm_state)
+        return idm, fdm, history
+
+    @functools.cache
+    def probe(self, method):
+        """-> the probe's numbers for a method's frozen IDM."""
+        idm = self.lam(method)[0]
+        return self.cached("probe", method, self.lam_key(method), lambda _: probe(
+            lambda windows: latents(idm, windows), *self.windows))
+
+    @functools.cache
+    def policy(self, name):
+        """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
+        config, training = self.config, self.windows[0]
+        labelled = labelled_windows(training, config.labels)
+        A = training.video.actions.shape[-1]
+        if name in REFERENCES:
+            chosen = None if name == "oracle" else labelled
+            extra = () if name == "oracle" else ("labels",)
+            key = cache_key(config, RECORDING + POLICY + extra, name)
+            actions = training.actions(np.arange(len(training)))
+            state = self.cached("policy", name, key, lambda partial: clone(
+                config, training, actions, name, chosen, partial).state_dict())
+            policy = FrameEncoder(config, 3, A)
+            policy.load_state_dict(state)
+            return policy.eval(), key, len(training) if chosen is None else len(chosen)
+
+        def compute(partial):
+            z = latents(self.lam(name)[0], training)
+            target = (z - z.mean(0)) / (z.std(0) + 1e-6)  # the scale of a latent is arbitrary
+            cloned = clone(config, training, target, f"{name} policy", None, partial)
+            decode = train_decoder(config, cloned, training, labelled)
+            return nn.Sequential(cloned, decode).state_dict()
+
+        key = cache_key(config, POLICY + DECODER, self.lam_key(name))
+        state = self.cached("policy", name, key, compute)
+        policy = nn.Sequential(FrameEncoder(config, 3, config.latent_dim),
+                               make_decoder(config.latent_dim, A))
+        policy.load_state_dict(state)
+        return policy.eval(), key, len(labelled)
+
+    @functools.cache
+    def evaluate(self, name):
+        """-> (returns, film) of a pixel policy, or (returns, None) of "expert" and "random"."""
+        if name in ("expert", "random"):
+            key = cache_key(self.config, ("task", "seed") + EVALUATION, name)
+            compute = lambda _: (torch.from_numpy(evaluate_state_policy(self.config, name)), None)
+        else:
+            policy, policy_key, _ = self.policy(name)
+            key = cache_key(self.config, EVALUATION, policy_key)
+            compute = lambda _: tuple(map(torch.from_numpy, evaluate(self.config, policy, name)))
+        returns, film = self.cached("evaluate", name, key, compute)
+        return returns.numpy(), None if film is None else film.numpy()
+
+    def report(self) -> dict:
+        """Write results.json, the figures and the animation; -> results.json's content."""
+        config, rows = self.config, {}
+        expert, chance = (float(self.evaluate(n)[0].mean()) for n in ("expert", "random"))
+        for name in config.methods + REFERENCES:
+            returns, (_, _, labels) = self.evaluate(name)[0], self.policy(name)
+            rows[name] = self.probe(name).copy() if name in config.methods else {}
+            rows[name] |= dict(
+                return_mean=float(returns.mean()), return_std=float(returns.std()),
+                return_n=len(returns), labels=labels,
+                normalized_return=(float(returns.mean()) - chance) / (expert - chance))
+        rows["supervised-idm"] = self.probe("supervised-idm")
+        results = dict(
+            task=config.task, seed=config.seed, config=asdict(config), versions=versions(),
+            device=str(self.device), renderer=self.renderer, mask_source="simulator", mask_iou={},
+            seconds={stage: round(s, 1) for stage, s in self.seconds.items()},
+            expert_return=expert, random_return=chance, methods=rows)
+        shown = np.array([len(self.windows[1]) // 3])  # one held-out window, the same for all
+        before, after, target, mask = self.windows[1].batch(shown)
+        image = lambda x: (255 * (x[0].float().cpu() + 0.5)).clamp(0, 255).byte().numpy()
+        pictures = {}
+        for method in config.methods:
+            idm, fdm, _ = self.lam(method)
+            with torch.no_grad():
+                predicted = image(fdm(before, idm(before, after)))
+            pictures[method] = (image(target).transpose(1, 2, 0), predicted.transpose(1, 2, 0),
+                                image(mask - 0.5)[0])
+        plot_summary(results, pictures, self.folder / "summary.png")
+        plot_training({m: self.lam(m)[2] for m in config.methods}, self.folder / "training.png")
+        save_animation({m: self.evaluate(m)[1] for m in config.methods},
+                       self.folder / "rollouts.gif")
+        save_json(self.folder / "results.json", results)
+        return results
+
+    def execute(self, until="report"):
+        """Every stage up to and including `until`; -> results.json's content if that is report."""
+        methods, references = self.config.methods, REFERENCES + ("expert", "random")
+        stages = dict(
+            record=lambda: self.windows,
+            lam=lambda: [self.lam(m) for m in methods + ("supervised-idm",)],
+            probe=lambda: [self.probe(m) for m in methods + ("supervised-idm",)],
+            policy=lambda: [self.policy(name) for name in methods + REFERENCES],
+            evaluate=lambda: [self.evaluate(name) for name in methods + references],
+            report=self.report)
+        for stage in STAGES[:STAGES.index(until) + 1]:
+            result = stages[stage]()
+        return result if until == "report" else None
+
+
+def versions() -> dict:
+    modules = dict(torch=torch, mujoco=mujoco, gymnasium=gym, numpy=np)
+    return {name: module.__version__ for name, module in modules.items()} | {
+        "python": platform.python_version()}
+
+
+def summarize(results: list[dict]) -> dict:
+    """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
+    n = len(results)
+    t95 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n - 1, 9)]
+    methods = {}
+    for name, row in results[0]["methods"].items():
+        methods[name] = {}
+        for key in (k for k, v in row.items() if isinstance(v, (int, float))):
+            values = np.array([r["methods"][name][key] for r in results], float)
+            std = float(values.std(ddof=1)) if n > 1 else 0.0
+            methods[name][key] = dict(mean=float(values.mean()), std=std,
+                                      median=float(np.median(values)), interval=t95 * std / n**0.5)
+    return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse(argv):
+    """Command line -> (config, the remaining options). Presets yield to flags given by name."""
+    parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    for f in fields(Config):
+        item = f.default[0] if isinstance(f.default, tuple) else f.default
+        more = dict(nargs="+") if isinstance(f.default, tuple) else {}
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(item), **more,
+                            help=f"{f.metadata['help']} (default {f.default})")
+    parser.add_argument("--preset", choices=PRESETS, default=None,
+                        help="sizes; default: laptop on a CPU, gpu on CUDA")
+    parser.add_argument("--seeds", type=int, default=None, help="run seeds 0 .. N-1, summarise")
+    parser.add_argument("--out", default="runs", help="folder for run folders")
+    parser.add_argument("--until", choices=STAGES, default="report", help="the last stage")
+    parser.add_argument("--fresh", action="store_true", default=False, help="ignore the cache")
+    parser.add_argument("--train-expert", action="store_true", default=False,
+                        help="search the task's expert and print its literal")
+    given = vars(parser.parse_args(argv))
+    names = {f.name for f in fields(Config)}
+    options = argparse.Namespace(**{k: v for k, v in given.items() if k not in names})
+    options.preset = options.preset or ("gpu" if torch.cuda.is_available() else "laptop")
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
+    config = Config(**PRESETS[options.preset] | chosen)
+    check_config(config)
+    if options.seeds is not None and not 1 <= options.seeds <= 1000:
+        raise UserError(f"--seeds is {options.seeds}; allowed: 1 to 1000")
+    return config, options
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    try:
+        config, options = parse(argv)
+        if options.train_expert:
+            task = TASKS[config.task]
+            literal, returns = train_expert(task.env_id, **task.search, seed=config.seed)
+            lines = [literal[i:i + 84] for i in range(0, len(literal), 84)]
+            print("\n".join(f'        "{line}"' for line in lines))
+            print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
+            return 0
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        results = []
+        for seed in [config.seed] if options.seeds is None else range(options.seeds):
+            tag = f"{config.task}-{options.preset}-{config.distractor}-{seed}"
+            run = Run(replace(config, seed=seed), Path(options.out) / tag, device, options.fresh)
+            result = run.execute(options.until)
+            if result:
+                results.append(result)
+                print(table(result))
+                print("masks: simulator; files:", *sorted(str(p) for p in run.folder.glob("*.*")))
+        if options.seeds and results:
+            path = Path(options.out) / (tag.rsplit("-", 1)[0] + "-summary.json")
+            save_json(path, summarize(results))
+            print("summary over seeds:", path)
+        return 0
+    except UserError as error:
+        print(f"masklam: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nmasklam: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,514 @@
+"""Tests of masklam.py against independent references: python -m pytest -q test_masklam.py"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gymnasium.utils.env_checker import check_env
+
+import masklam
+from masklam import Config, PRESETS, Video, Windows
+
+HERE = Path(__file__).parent
+SMOKE = Config(**PRESETS["smoke"])
+TINY = replace(SMOKE, episodes=4, heldout_episodes=2, steps=12, lam_updates=12, batch_size=8,
+               labels=40)
+
+
+def run(*flags, timeout=150):
+    return subprocess.run([sys.executable, str(HERE / "masklam.py"), *map(str, flags)],
+                          capture_output=True, text=True, timeout=timeout)
+
+
+def random_video(E=5, T=9, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    return Video(frames=rng.integers(0, 256, (E, T, size, size, 3), np.uint8),
+                 masks=rng.integers(0, 256, (E, T, size, size), np.uint8),
+                 actions=rng.standard_normal((E, T, 2)).astype(np.float32),
+                 rewards=np.zeros((E, T), np.float32), states=np.zeros((E, T, 3), np.float32),
+                 distractor=rng.standard_normal((E, T, 4)).astype(np.float32),
+                 length=np.array([9, 2, 1, 5, 9])[:E])
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def test_script_header_equals_requirements():
+    header = (HERE / "masklam.py").read_text().split("# ///\n")[0]
+    listed = re.findall(r'"([^"]+==[^"]+)"', header)
+    assert listed == (HERE / "requirements.txt").read_text().split()
+
+
+def test_every_config_field_is_a_documented_flag():
+    text = run("--help").stdout
+    for f in fields(Config):
+        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"]
+
+
+# -- experts -------------------------------------------------------------------------------------
+
+
+def test_cheetah_expert_returns_at_least_4500():
+    task = masklam.TASKS["cheetah"]
+    expert = masklam.load_expert(task.expert, 17)
+    returns = [masklam.state_rollout((task.env_id, expert, 7_000_000 + i, 1000))[0]
+               for i in range(10)]
+    assert np.mean(returns) >= 4500
+
+
+def test_folding_the_whitening_leaves_the_policy_unchanged():
+    rng = np.random.default_rng(0)
+    weights, mean, state = rng.normal(size=(3, 5)), rng.normal(size=5), rng.normal(size=5)
+    std = rng.random(5) + 1
+    folded = masklam.fold_whitening(weights, mean, std)
+    expected = weights @ ((state - mean) / std)
+    np.testing.assert_allclose(masklam.expert_action(folded, state), expected)
+
+
+def test_expert_search_learns_to_move_forward():
+    search = dict(directions=8, top=4, noise=0.03, step=0.02, horizon=100, budget=40_000)
+    literal, returns = masklam.train_expert("HalfCheetah-v5", **search)
+    chance = masklam.state_rollout(("HalfCheetah-v5", None, 0, 1000))[0]
+    assert masklam.load_expert(literal, 17).shape == (6, 18)
+    assert np.mean(returns) > chance + 100
+
+
+# -- renderer and distractors --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["gl", "raycast"])
+def test_renderer_agrees_with_the_simulators_segmentation(backend):
+    if backend == "gl" and isinstance(masklam.gl_context(), Exception):
+        # No OpenGL on this machine: then "auto" must have said so and drawn with rays.
+        env = masklam.make_env(TINY)
+        assert env.renderer.backend == "raycast" and env.renderer.fallback_reason
+        return
+    env = masklam.state_env("HalfCheetah-v5")
+    env.reset(seed=0)
+    model, size = env.model, 128
+    data, camera = mujoco.MjData(model), mujoco.MjvCamera()
+    camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+    camera.distance, camera.azimuth, camera.elevation = 2.6, 90, -8
+    renderer = masklam.AgentRenderer(model, backend=backend)
+    reference_gl = not isinstance(masklam.gl_context(), Exception)
+    if reference_gl:
+        reference = mujoco.Renderer(model, size, size)
+        reference.enable_segmentation_rendering()
+    else:
+        reference = masklam.AgentRenderer(model, size=size, backend="raycast")
+    for _ in range(5):
+        for _ in range(20):
+            env.step(env.action_space.sample())
+        data.qpos[:] = env.data.qpos
+        mujoco.mj_forward(model, data)
+        if reference_gl:
+            reference.update_scene(data, camera)
+            inside = (reference.render()[..., 0] > 0) * 255
+        else:
+            inside = reference(data.qpos)[1]
+        truth = masklam.box_average(inside[None].astype(np.uint8), 2)[0]
+        rgb, alpha = renderer(env.data.qpos)
+        assert masklam.mask_iou(alpha, truth) >= 0.95  # of one frame; the mean is in the README
+        assert 0.02 < (alpha >= 128).mean() < 0.2
+        assert (rgb[alpha == 0] == 0).all() and rgb[alpha == 255].mean() > 40
+
+
+def test_drawing_leaves_the_physics_bitwise_unchanged():
+    states = []
+    for draw in (True, False):
+        env = gym.make("HalfCheetah-v5", disable_env_checker=True)
+        wrapped = masklam.Distractors(env, "hard") if draw else env
+        wrapped.reset(seed=4)
+        wrapped.action_space.seed(0)
+        for _ in range(10):
+            wrapped.step(wrapped.action_space.sample())
+        states.append(env.unwrapped.data.qpos.copy())
+    assert (states[0] == states[1]).all()
+
+
+@pytest.mark.parametrize("level", masklam.DISTRACTORS)
+def test_wrapper_passes_the_environment_checker(level):
+    env = masklam.Distractors(gym.make("HalfCheetah-v5", render_mode="rgb_array"), level)
+    check_env(env, skip_render_check=True)
+    observation, info = env.reset(seed=1)
+    assert observation.shape == (64, 64, 3) and (env.render() == observation).all()
+    action = np.full(6, 3.0)  # is clipped
+    _, _, _, _, info = env.step(action)
+    assert (info["action"] == 1).all() and info["state"].shape == (17,)
+
+
+def test_equal_seeds_give_equal_frames_and_others_do_not():
+    def film(seed):
+        env = masklam.make_env(SMOKE)
+        frames = [env.reset(seed=seed)[0]]
+        return np.stack(frames + [env.step(np.full(6, 0.3))[0] for _ in range(5)])
+
+    assert (film(3) == film(3)).all()
+    assert (film(3) != film(4)).any(-1).mean() > 0.5
+
+
+def test_splits_share_no_seed():
+    seeds = [masklam.episode_seed(replace(SMOKE, seed=s), split, i) for s in (0, 1)
+             for split in ("train", "heldout", "decorrelated", "evaluate") for i in range(300)]
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
+def test_background_velocity_follows_the_action_as_much_as_asked(rho):
+    rng = np.random.default_rng(0)
+    backdrop = masklam.Backdrop(rng, 6, rho)
+    actions = rng.uniform(-1, 1, (4000, 6))
+    velocities = []
+    for action in actions:
+        before = backdrop.position.copy()
+        backdrop.step(action)
+        moved = (backdrop.position - before).ravel()
+        wrapped = (moved + backdrop.period / 2) % backdrop.period - backdrop.period / 2
+        np.testing.assert_allclose(wrapped, backdrop.velocity, atol=1e-4)
+        velocities.append(backdrop.velocity)
+    drive, velocities = actions @ backdrop.projection.T, np.stack(velocities)
+    correlation = [np.corrcoef(d, v)[0, 1] for d, v in zip(drive.T, velocities.T)]
+    np.testing.assert_allclose(correlation, rho, atol=0.1)
+    np.testing.assert_allclose(velocities.std(0), backdrop.SPEED, rtol=0.15)
+    assert backdrop.SPRITES >= 10 and backdrop.draw().shape == (64, 64, 3)
+
+
+# -- video and windows ---------------------------------------------------------------------------
+
+
+def test_recorded_episodes_replay_exactly(tmp_path):
+    frames, _ = masklam.record(TINY, tmp_path)
+    video = Video.open(tmp_path / "main")
+    assert frames == 8 * 12 and (video.length == 12).all()
+    env = masklam.make_env(TINY)
+    frame, info = env.reset(seed=masklam.episode_seed(TINY, "heldout", 1))
+    for t in range(12):
+        assert (video.frames[5, t] == frame).all() and (video.masks[5, t] == info["mask"]).all()
+        np.testing.assert_allclose(video.states[5, t], info["state"], rtol=1e-6)
+        frame, reward, _, _, info = env.step(video.actions[5, t])
+        assert abs(reward - video.rewards[5, t]) < 1e-4
+        assert (info["distractor"] == video.distractor[5, t]).all()
+    assert abs(video.actions).max() <= 1
+    modified = os.stat(tmp_path / "main" / "frames.npy").st_mtime
+    assert masklam.record(TINY, tmp_path)[0] == 0  # everything is there already
+    assert os.stat(tmp_path / "main" / "frames.npy").st_mtime == modified
+
+
+def test_windows_equal_a_naive_loop_at_every_episode_edge():
+    video = random_video()
+    windows = Windows(video)
+    expected = [(e, t) for e in range(5) for t in range(video.length[e] - 1)]
+    assert list(zip(windows.e, windows.t)) == expected
+    for k in (1, 2, 3, 10):
+        before, after, target, mask = windows.batch(np.arange(len(windows)), k)
+        for i, (e, t) in enumerate(expected):
+            last = video.length[e] - 1
+            reach = min(k, last - t)
+            wanted = [max(t + d, 0) for d in (-2, -1, 0)] + [
+                max(t + reach + d, 0) for d in (-2, -1, 0)] + [t + 1]
+            frames = [video.frames[e, s].transpose(2, 0, 1) / 255 - 0.5 for s in wanted]
+            got = torch.cat([before[i], after[i], target[i]]).numpy()
+            np.testing.assert_allclose(got, np.concatenate(frames), atol=1e-6)
+            np.testing.assert_allclose(mask[i, 0], video.masks[e, t + 1] / 255, atol=1e-6)
+
+
+def test_box_averages_equal_numpy_means():
+    images = np.random.default_rng(0).integers(0, 256, (3, 12, 12, 3), np.uint8)
+    for factor in (1, 2, 3):
+        mean = images.reshape(3, 12 // factor, factor, 12 // factor, factor, 3).mean((2, 4))
+        assert abs(masklam.box_average(images, factor) - mean).max() <= 0.5
+    assert (masklam.halve(images[0]) == masklam.box_average(images[:1], 2)[0]).all()
+
+
+# -- loss, networks, training --------------------------------------------------------------------
+
+
+def test_weight_one_is_the_plain_mse_bit_for_bit():
+    prediction, target = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    mask = torch.rand(4, 1, 8, 8)
+    assert torch.equal(masklam.masked_mse(prediction, target, mask, 1.0),
+                       F.mse_loss(prediction, target))
+
+
+def test_hard_mask_has_no_gradient_outside_and_the_right_scale_inside():
+    prediction = torch.randn(4, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    target, mask = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.rand(4, 1, 8, 8).round()
+    loss = masklam.masked_mse(prediction, target, mask, 0.0)
+    inside = mask.expand(-1, 3, -1, -1).bool()
+    assert torch.allclose(loss, ((prediction - target)[inside] ** 2).mean())
+    loss.backward()
+    assert (prediction.grad[~inside] == 0).all() and (prediction.grad[inside] != 0).all()
+    half = masklam.masked_mse(prediction, target, mask.double(), 0.5)
+    weight = np.where(inside, 1, 0.5)
+    expected = np.average(((prediction - target) ** 2).detach().numpy(), weights=weight)
+    assert abs(float(half) - expected) < 1e-9
+
+
+def conv(i, o, k):
+    return (i * k * k + 1) * o
+
+
+def test_paper_preset_has_the_authors_network_sizes():
+    def encoder(channels, widths):
+        total = 0
+        for width in widths:
+            total += conv(channels, width, 3) + 4 * conv(width, width, 3)
+            channels = width
+        return total
+
+    config = Config(**PRESETS["paper"])
+    idm, fdm = masklam.make_lam(config, 0)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    x4, x6 = (64, 128, 128), (96, 192, 192)
+    assert count(idm) == encoder(18, x4) + (128 * 64 + 1) * 128
+    decoder = sum(4 * conv(w, w, 3) + conv(w, below, 3)
+                  for w, below in ((192, 192), (192, 96), (96, 96))) + conv(96, 3, 3)
+    assert count(fdm) == encoder(9, x6) + 129 * 192 * 64 + conv(384, 192, 1) + decoder
+    frames = torch.zeros(2, 9, 64, 64)
+    assert idm(frames, frames).shape == (2, 128)
+    prediction = fdm(frames, torch.zeros(2, 128))
+    assert prediction.shape == (2, 3, 64, 64) and abs(prediction).max() <= 0.5
+
+
+def tiny_windows():
+    return Windows(random_video(E=5, T=9, size=32))
+
+
+def test_lapo_is_masklam_with_background_weight_one(tmp_path):
+    a = masklam.train_lam(TINY, tiny_windows(), masklam.METHODS["lapo"])
+    b = masklam.train_lam(TINY, tiny_windows(), 1.0, "masklam")
+    assert all(torch.equal(x, y) for x, y in zip(a[0].parameters(), b[0].parameters()))
+    c = masklam.train_lam(TINY, tiny_windows(), masklam.METHODS["masklam"])
+    assert not all(torch.equal(x, y) for x, y in zip(a[0].parameters(), c[0].parameters()))
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch):
+    whole = masklam.train_lam(TINY, tiny_windows(), 0.0)
+    clock = iter(range(0, 10**6, 40))  # every step is half a minute later: saves each time
+    monkeypatch.setattr(masklam.time, "monotonic", lambda: next(clock))
+
+    class Killed(Exception):
+        pass
+
+    def kill(idm, calls=[]):
+        calls.append(1)
+        if len(calls) == 7:
+            raise Killed
+        return 0.0
+
+    with pytest.raises(Killed):
+        masklam.train_lam(TINY, tiny_windows(), 0.0, "lam", kill, tmp_path / "checkpoint")
+    assert (tmp_path / "checkpoint").exists()
+    resumed = masklam.train_lam(TINY, tiny_windows(), 0.0, "lam", None, tmp_path / "checkpoint")
+    assert all(torch.equal(x, y) for x, y in zip(whole[0].parameters(), resumed[0].parameters()))
+    assert [h[:2] for h in whole[2]] == [h[:2] for h in resumed[2]]
+
+
+def test_latent_action_model_learns_where_the_mask_looks():
+    """Two blocks move at random; only the masked one's motion may end up in the latent."""
+    rng = np.random.default_rng(0)
+    E, T, size = 40, 20, 16
+    video = random_video(1, 1, size)
+    frames = np.zeros((E, T, size, size, 3), np.uint8)
+    masks = np.zeros((E, T, size, size), np.uint8)
+    actions, distractor = np.zeros((2, E, T, 2), np.float32)
+    for e in range(E):
+        agent, other = rng.integers(0, size, 2), rng.integers(0, size, 2)
+        for t in range(T):
+            rows = lambda p: np.ix_((p[0] + np.arange(4)) % size, (p[1] + np.arange(4)) % size)
+            frames[e, t][rows(other)] = (0, 255, 0)
+            frames[e, t][rows(agent)] = (255, 0, 0)
+            masks[e, t][rows(agent)] = 255
+            actions[e, t], distractor[e, t] = rng.integers(-2, 3, 2), rng.integers(-2, 3, 2)
+            agent, other = agent + actions[e, t].astype(int), other + distractor[e, t].astype(int)
+    video = Video(frames, masks, actions, video.rewards, video.states, distractor, np.full(E, T))
+    config = replace(TINY, image_size=16, patch=2, latent_dim=4, lam_updates=400, batch_size=64,
+                     offset=1, lam_lr=2e-3)
+    windows = [Windows(video.select(part)) for part in (slice(0, 32), slice(32, 40), slice(32, 40))]
+    idm, _, history = masklam.train_lam(config, windows[0], 0.0)
+    result = masklam.probe(lambda w: masklam.latents(idm, w), *windows)
+    assert history[-1][1] < 0.5 * history[0][1]
+    assert result["leakage_r2"] < 0.1
+    assert result["probe_nmse"] < 0.9
+
+
+# -- probe, policy ---------------------------------------------------------------------------------
+
+
+def test_ridge_equals_least_squares_on_the_augmented_problem():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 5)) * 3 + 1, rng.normal(size=(200, 2))
+    new = rng.normal(size=(9, 5))
+    scaled = (x - x.mean(0)) / (x.std(0) + 1e-8)
+    rows = np.r_[scaled, np.sqrt(0.1 * 200) * np.eye(5)]
+    weights = np.linalg.lstsq(rows, np.r_[y - y.mean(0), np.zeros((5, 2))], rcond=None)[0]
+    expected = (new - x.mean(0)) / (x.std(0) + 1e-8) @ weights + y.mean(0)
+    np.testing.assert_allclose(masklam.ridge(x, y, 0.1)(new), expected, atol=1e-9)
+
+
+def test_probe_reads_linear_latents_and_nothing_from_noise():
+    video = random_video(E=5, T=9)
+    video = replace(video, length=np.full(5, 9))
+    windows = [Windows(video)] * 3
+    mixing = np.random.default_rng(1).standard_normal((2, 6))
+    linear = masklam.probe(lambda w: w.actions(np.arange(len(w))) @ mixing, *windows)
+    assert linear["probe_nmse"] < 1e-6 and linear["probe_r2"] > 1 - 1e-6
+    assert linear["leakage_r2"] < 0.05
+    big = [Windows(replace(random_video(5, 9, 8, s), length=np.full(5, 9))) for s in (1, 2, 3)]
+    noise = masklam.probe(lambda w: np.random.default_rng(len(w) + id(w) % 7).standard_normal(
+        (len(w), 1)), *big)
+    assert 0.8 < noise["probe_nmse"] < 1.4
+    moved = masklam.probe(lambda w: w.video.distractor[w.e, w.t], *big)
+    assert moved["leakage_r2"] > 0.999
+
+
+def test_labelled_windows_are_the_first_whole_episodes():
+    windows = Windows(random_video())
+    assert masklam.labelled_windows(windows, 9).tolist() == list(range(9))
+    assert set(windows.e[masklam.labelled_windows(windows, 9)]) == {0, 1}
+
+
+def test_cloning_and_decoding_recover_a_visible_action():
+    """The action is painted into the newest frame; latents are a rotation of it."""
+    rng = np.random.default_rng(0)
+    E, T = 20, 20
+    actions = rng.uniform(-1, 1, (E, T, 2)).astype(np.float32)
+    frames = np.zeros((E, T, 32, 32, 3), np.uint8)
+    frames[..., :16, :, 0] = (127 + 120 * actions[..., :1, None]).round()
+    frames[..., 16:, :, 0] = (127 + 120 * actions[..., 1:, None]).round()
+    base = random_video(1, 1, 32)
+    video = Video(frames, frames[..., 0], actions, base.rewards, base.states,
+                  np.zeros((E, T, 4), np.float32), np.full(E, T))
+    windows = Windows(video)
+    config = replace(TINY, policy_updates=300, decoder_updates=300, batch_size=64, policy_lr=1e-3)
+    true = windows.actions(np.arange(len(windows)))
+    latent = (true @ np.array([[0.6, 0.8], [-0.8, 0.6]])).astype(np.float32)
+    policy = masklam.clone(config, windows, latent, "clone")
+    decoder = masklam.train_decoder(config, policy, windows, np.arange(100))
+    with torch.no_grad():
+        got = decoder(policy(windows.batch(np.arange(100, len(windows)))[0])).numpy()
+    assert masklam.nmse(got, true[100:]).mean() < 0.05
+
+
+# -- pipeline --------------------------------------------------------------------------------------
+
+
+def test_summary_gives_mean_deviation_and_interval():
+    rows = [dict(task="cheetah", seed=s, methods={"lapo": {"probe_nmse": v}})
+            for s, v in enumerate((0.5, 0.7, 0.9))]
+    got = masklam.summarize(rows)["methods"]["lapo"]["probe_nmse"]
+    assert got["mean"] == pytest.approx(0.7) and got["std"] == pytest.approx(0.2)
+    assert got["median"] == 0.7 and got["interval"] == pytest.approx(4.30 * 0.2 / 3**0.5)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--task", "dog"], ["--task", "'dog'", "cheetah"]),
+    (["--methods", "lapo", "vae"], ["--methods", "'vae'", "masklam"]),
+    (["--preset", "huge"], ["--preset", "'huge'", "laptop"]),
+    (["--distractor", "mild"], ["--distractor", "'mild'", "none, low, hard"]),
+    (["--labels", "-5"], ["--labels", "-5", "1 to"]),
+    (["--correlation", "nan"], ["--correlation", "nan", "0 to 1"]),
+    (["--lam-lr", "inf"], ["--lam-lr", "inf", "0 to 1"]),
+    (["--labels", "many"], ["--labels", "many"]),
+    (["--image-size", "48"], ["--image-size", "48", "divide"]),
+    (["--out", "/proc/nowhere"], ["--out", "/proc/nowhere", "cannot be written"]),
+])
+def test_bad_input_gets_one_line_and_status_two(flags, named, capsys):
+    assert masklam.main(["--until", "record", *flags]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and all(word in lines[0] for word in named), lines
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One smoke run of the command line, from nothing to the table."""
+    out = tmp_path_factory.mktemp("runs")
+    result = run("--preset", "smoke", "--out", out)
+    assert result.returncode == 0, result.stderr[-2000:]
+    folder = out / "cheetah-smoke-low-0"
+    return folder, result, json.loads((folder / "results.json").read_text())
+
+
+def test_smoke_run_prints_the_table_and_writes_every_file(smoke):
+    folder, result, results = smoke
+    assert set(results["methods"]) == {"lapo", "masklam", "oracle", "labels-only", "supervised-idm"}
+    keys = {"probe_nmse", "probe_r2", "probe_nmse_decorrelated", "leakage_r2", "return_mean",
+            "return_std", "return_n", "normalized_return", "labels"}
+    assert keys <= set(results["methods"]["masklam"])
+    for name in (*results["methods"], "expert", "random"):
+        assert name in result.stdout
+    row = results["methods"]["masklam"]
+    span = results["expert_return"] - results["random_return"]
+    assert row["normalized_return"] == pytest.approx(
+        (row["return_mean"] - results["random_return"]) / span)
+    for name in ("summary.png", "training.png", "rollouts.gif"):
+        assert (folder / name).stat().st_size > 1000 and str(folder / name) in result.stdout
+    assert "settotalmass" not in result.stdout + result.stderr
+    assert not list(folder.rglob("MUJOCO_LOG.TXT")) and not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(smoke):
+    folder, _, before = smoke
+    cached = {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.pt")}
+    assert run("--preset", "smoke", "--out", folder.parent).returncode == 0
+    assert {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.pt")} == cached
+    assert json.loads((folder / "results.json").read_text()) == before
+    assert run("--preset", "smoke", "--out", folder.parent, "--labels", 40).returncode == 0
+    now = {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.pt")}
+    assert {p: now[p] for p in cached} == cached
+    added = sorted(p.name.rsplit("-", 1)[0] for p in set(now) - set(cached))
+    assert added == ["evaluate-labels-only", "evaluate-lapo", "evaluate-masklam",
+                     "policy-labels-only", "policy-lapo", "policy-masklam"]
+
+
+def test_damaged_and_foreign_cache_files_are_named(smoke):
+    folder, _, _ = smoke
+    path = next((folder / "cache").glob("probe-lapo-*.pt"))
+    good, results = path.read_bytes(), (folder / "results.json").read_bytes()
+    foreign = folder / "foreign.pt"
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    for bad in (good[:len(good) // 2], b"<html>", b"", foreign.read_bytes()):
+        path.write_bytes(bad)
+        result = run("--preset", "smoke", "--out", folder.parent)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("masklam:")]
+        assert result.returncode == 2 and len(lines) == 1 and str(path) in lines[0]
+        assert "--fresh" in lines[0] and (folder / "results.json").read_bytes() == results
+    path.write_bytes(good)
+    frames = next((folder / "cache").glob("video-*/main/frames.npy"))
+    content = frames.read_bytes()
+    frames.write_bytes(content[:5000])
+    result = run("--preset", "smoke", "--out", folder.parent)
+    assert result.returncode == 2 and str(frames.parent.parent) in result.stderr
+    frames.write_bytes(content)
+
+
+def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
+    """SIGINT while recording; the second run ends with the numbers of an uninterrupted one."""
+    folder, _, uninterrupted = smoke
+    process = subprocess.Popen([sys.executable, str(HERE / "masklam.py"), "--preset", "smoke",
+                                "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.rglob("main/length.npy")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "goes on from here" in errors
+    assert "Traceback" not in errors
+    assert run("--preset", "smoke", "--out", tmp_path).returncode == 0
+    results = json.loads((tmp_path / folder.name / "results.json").read_text())
+    assert results["methods"] == uninterrupted["methods"]
