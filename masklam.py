@@ -650,10 +650,13 @@ class Video:
         shapes = dict(frames=(E, T, size, size, 3), masks=(E, T, size, size), actions=(E, T, A),
                       rewards=(E, T), states=(E, T, S), distractor=(E, T, D), length=(E,))
         types = dict(frames=np.uint8, masks=np.uint8, length=np.int64)
-        Path(folder).mkdir(parents=True)
+        unfinished = Path(f"{folder}.new")  # takes its name when all its files are there
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
         for name, shape in shapes.items():
-            path = Path(folder) / f"{name}.npy"
+            path = unfinished / f"{name}.npy"
             np.lib.format.open_memmap(path, "w+", types.get(name, np.float32), shape).flush()
+        os.replace(unfinished, folder)
 
     def select(self, episodes):
         """The same video with only these episodes, a slice."""
@@ -1425,8 +1428,8 @@ class Run:
 
         def probe_nmse(idm):
             read = ridge(latents(idm, training, sample[0]), training.actions(sample[0]))
-            predicted = read(latents(idm, heldout, sample[1]))
-            return float(nmse(predicted, heldout.actions(sample[1])).mean())
+            unseen = read(latents(idm, heldout, sample[1]))
+            return float(nmse(unseen, heldout.actions(sample[1])).mean())
 
         def compute(partial):
             if method == "supervised-idm":
