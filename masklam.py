@@ -291,7 +291,7 @@ def train_expert(env_id, directions, top, noise, step, horizon, action_noise, bu
             std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
             bar.update(count - bar.n)
             iteration += 1
-            if iteration % max(1, 320 // directions) == 0:
+            if iteration % max(1, 320 // directions) == 0 or best is None:
                 expert = fold_whitening(weights, mean, std).astype(np.float16)
                 jobs = [(env_id, expert.astype(float), 10**5 + i, 1000, i % 2 * action_noise / 2)
                         for i in range(10)]
@@ -694,8 +694,15 @@ def silence_mujoco():
 def worker_pool():
     """One process a core; what has not started when the block is left, Ctrl-C too, never will."""
     context = multiprocessing.get_context("spawn")  # fork does not mix with OpenGL and threads
-    pool = futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker)
+    pool, stopped = futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker), []
     try:
+        # A Ctrl-C between starting a process and telling it what to do would break the pool.
+        previous = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
+        for _ in range(os.cpu_count()):
+            pool.submit(os.getpid)
+        signal.signal(signal.SIGINT, previous)
+        if stopped:
+            raise KeyboardInterrupt
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)

@@ -81,7 +81,7 @@ def test_folding_the_whitening_leaves_the_policy_unchanged():
 
 def test_expert_search_learns_to_move_forward():
     search = dict(directions=8, top=4, noise=0.03, step=0.02, horizon=100, action_noise=0.1,
-                  budget=40_000)
+                  budget=80_000)
     literal, returns = masklam.train_expert("HalfCheetah-v5", **search)
     chance = masklam.state_rollout(("HalfCheetah-v5", None, 0, 1000, 0.0))[0]
     assert masklam.load_expert(literal, 17).shape == (6, 18)
@@ -508,8 +508,8 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "goes on from here" in errors
-    assert "Traceback" not in errors
+    assert process.returncode == 130, errors
+    assert "goes on from here" in errors and "Traceback" not in errors
     assert run("--preset", "smoke", "--out", tmp_path).returncode == 0
     results = json.loads((tmp_path / folder.name / "results.json").read_text())
     assert results["methods"] == uninterrupted["methods"]
