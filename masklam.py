@@ -698,9 +698,11 @@ def worker_pool():
     try:
         # A Ctrl-C between starting a process and telling it what to do would break the pool.
         previous = signal.signal(signal.SIGINT, lambda *_: stopped.append(True))
-        for _ in range(os.cpu_count()):
-            pool.submit(os.getpid)
-        signal.signal(signal.SIGINT, previous)
+        try:
+            for _ in range(os.cpu_count()):
+                pool.submit(os.getpid)
+        finally:
+            signal.signal(signal.SIGINT, previous)
         if stopped:
             raise KeyboardInterrupt
         yield pool
