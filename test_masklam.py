@@ -65,7 +65,7 @@ def test_every_config_field_is_a_documented_flag():
 def test_cheetah_expert_returns_at_least_4500():
     task = masklam.TASKS["cheetah"]
     expert = masklam.load_expert(task.expert, 17)
-    returns = [masklam.state_rollout((task.env_id, expert, 7_000_000 + i, 1000, 0.0))[0]
+    returns = [masklam.state_rollout((task.env_id, expert, 7_000_000 + i, 1000, 0.0, 1.0))[0]
                for i in range(10)]
     assert np.mean(returns) >= 4500
 
@@ -80,10 +80,10 @@ def test_folding_the_whitening_leaves_the_policy_unchanged():
 
 
 def test_expert_search_learns_to_move_forward():
-    search = dict(directions=8, top=4, noise=0.03, step=0.02, horizon=100, action_noise=0.1,
+    search = dict(directions=8, top=4, size=0.03, step=0.02, horizon=100, noise=0.1, gain=0.9,
                   budget=80_000)
     literal, returns = masklam.train_expert("HalfCheetah-v5", **search)
-    chance = masklam.state_rollout(("HalfCheetah-v5", None, 0, 1000, 0.0))[0]
+    chance = masklam.state_rollout(("HalfCheetah-v5", None, 0, 1000, 0.0, 1.0))[0]
     assert masklam.load_expert(literal, 17).shape == (6, 18)
     assert np.mean(returns) > chance + 100
 
@@ -225,6 +225,7 @@ def test_windows_equal_a_naive_loop_at_every_episode_edge():
             got = torch.cat([before[i], after[i], target[i]]).numpy()
             np.testing.assert_allclose(got, np.concatenate(frames), atol=1e-6)
             np.testing.assert_allclose(mask[i, 0], video.masks[e, t + 1] / 255, atol=1e-6)
+    assert torch.equal(windows.before(np.arange(len(windows))), before)
 
 
 def test_box_averages_equal_numpy_means():
@@ -283,6 +284,18 @@ def test_paper_preset_has_the_authors_network_sizes():
     assert idm(frames, frames).shape == (2, 128)
     prediction = fdm(frames, torch.zeros(2, 128))
     assert prediction.shape == (2, 3, 64, 64) and abs(prediction).max() <= 0.5
+
+
+def test_gate_multiplies_and_hidden_adds_a_layer():
+    config = Config(**PRESETS["laptop"])
+    idm, fdm = masklam.make_lam(config, 0)
+    assert [type(layer) for layer in idm.head] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
+    frames, latent = torch.rand(2, 9, 32, 32) - 0.5, torch.randn(2, 32)
+    seen = fdm.encoder(frames)
+    action = fdm.latent(latent).reshape(seen.shape)
+    a, b, c = fdm.merge.weight.chunk(3, 1)
+    merged = F.conv2d(seen, a) + F.conv2d(action, b) + F.conv2d(seen * action, c, fdm.merge.bias)
+    torch.testing.assert_close(fdm(frames, latent), torch.tanh(fdm.decoder(merged)) / 2)
 
 
 def tiny_windows():
@@ -396,7 +409,7 @@ def test_cloning_and_decoding_recover_a_visible_action():
     config = replace(TINY, policy_updates=300, decoder_updates=300, batch_size=64, policy_lr=1e-3)
     true = windows.actions(np.arange(len(windows)))
     latent = (true @ np.array([[0.6, 0.8], [-0.8, 0.6]])).astype(np.float32)
-    policy = masklam.clone(config, windows, latent, "clone")
+    policy = masklam.clone(config, windows, latent, "clone", np.arange(len(windows)))
     decoder = masklam.train_decoder(config, policy, windows, np.arange(100))
     with torch.no_grad():
         got = decoder(policy(windows.batch(np.arange(100, len(windows)))[0])).numpy()
