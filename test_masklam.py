@@ -66,7 +66,7 @@ def test_cheetah_expert_returns_at_least_4500():
     task = masklam.TASKS["cheetah"]
     expert = masklam.load_expert(task.expert, 17)
     returns = [masklam.state_rollout((task.env_id, expert, 7_000_000 + i, 1000, 0.0, 1.0))[0]
-               for i in range(10)]
+               for i in range(50)]  # it falls in about one of sixteen, so ten would say little
     assert np.mean(returns) >= 4500
 
 
