@@ -265,13 +265,14 @@ def fold_whitening(weights, mean, std):
 def train_expert(env_id, directions, top, size, step, horizon, noise, gain, budget, seed=0):
     """Augmented random search for a linear policy that survives being imitated.
 
-    Each iteration tries `directions` random directions of length `size` both ways and moves by
-    `step` along the `top` best, weighted by their return differences. Observations are whitened
-    by running statistics; the step decays linearly to a fifth. A clone errs a little everywhere
-    and regresses to the mean, and plain ARS finds gaits that topple over that: so `size` is large,
-    and each episode is disturbed by action noise of a scale from 0 to `noise` and its actions
-    shrunk by a factor from `gain` to 1. Of the policies seen every 320 directions, the best on ten
-    fixed episodes, half of them disturbed, is kept. Stops after `budget` simulated steps.
+    Each iteration tries `directions` random directions, normal of scale `size`, both ways and
+    moves by `step` along the `top` best, weighted by their return differences. Observations are
+    whitened by running statistics; the step decays linearly to a fifth. A clone errs a little
+    everywhere and regresses to the mean, and plain ARS finds gaits that topple over that: so
+    `size` is large, and each episode is disturbed by action noise of a scale from 0 to `noise` and
+    its actions shrunk by a factor from `gain` to 1. Of the policies seen every 320 directions, the
+    best on ten fixed episodes, half of them disturbed, is kept. Stops after `budget` simulated
+    steps.
     Returns the literal for TASKS, and its returns on ten seeds never used in the search.
     """
     A, S = state_env(env_id).action_space.shape[0], state_env(env_id).observation_space.shape[0]
@@ -776,9 +777,11 @@ def record(config, folder):
                  for i, split in enumerate(splits) if not done[i]]
     with worker_pool() as pool, tqdm(desc="record", unit=" frames", leave=False,
                                      total=len(jobs) * config.steps) as bar:
+        frames = 0
         for count in pool.map(record_episode, jobs):
             bar.update(count)
-        return bar.n, backend
+            frames += count
+    return frames, backend
 
 
 class Windows:
@@ -1597,10 +1600,13 @@ def parse(argv):
     """Command line -> (config, the remaining options). Presets yield to flags given by name."""
     parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        item = f.default[0] if isinstance(f.default, tuple) else f.default
-        more = dict(type=type(item)) | (dict(nargs="+") if isinstance(f.default, tuple) else {})
-        more = dict(action=argparse.BooleanOptionalAction) if item is False else more
-        parser.add_argument("--" + f.name.replace("_", "-"), **more,
+        if isinstance(f.default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(f.default, tuple):
+            kind = dict(type=type(f.default[0]), nargs="+")
+        else:
+            kind = dict(type=type(f.default))
+        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} (default {f.default})")
     parser.add_argument("--preset", choices=PRESETS, default=None,
                         help="sizes; default: laptop on a CPU, gpu on CUDA")
