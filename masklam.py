@@ -1,17 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = [
-#   "torch==2.15.0",
-#   "torchvision==0.29.2",
-#   "mujoco==4.0.0",
-#   "gymnasium[mujoco]==1.4.0",
-#   "segment-anything==1.0",
-#   "numpy==2.4.6",
-#   "tqdm==4.70.1",
-#   "matplotlib==3.11.2",
-#   "jupyter==1.1.1",
-#   "pytest==9.2.0",
-# ]
+# dependencies = ["torch==2.15.0", "torchvision==0.29.2", "mujoco==4.0.0",
+#     "gymnasium[mujoco]==1.4.0", "segment-anything==1.0", "numpy==2.4.6", "tqdm==4.70.1",
+#     "matplotlib==3.11.2", "jupyter==1.1.1", "pytest==9.2.0"]
 # ///
 """MaskLAM in one file: latent actions from video whose background moves too.
 
@@ -54,7 +45,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import platform
 import shutil
 import signal
 import sys
@@ -75,12 +65,9 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-# ==================================================================================================
-# 2. Config
-#
+# ==== 2. Config ===================================================================================
 # Every number that shapes a run, once: its type, default, meaning and allowed range. The command
 # line is made from this class, so a new field is a new flag. Presets are plain overrides.
-# ==================================================================================================
 DISTRACTORS = ("none", "low", "hard")
 METHODS = {"lapo": 1.0, "masklam": 0.0}  # name -> weight of the background in the loss
 
@@ -101,12 +88,18 @@ class Config:
     # Recording
     distractor: str = option("low", "what moves besides the agent", choices=DISTRACTORS)
     correlation: float = option(0.5, "of background motion with the action (rho)", 0, 1)
-    episodes: int = option(200, "recorded for training", 4, 10**6)
-    heldout_episodes: int = option(40, "recorded for probing only", 2, 10**6)
-    steps: int = option(250, "per recorded episode", 8, 1000)
+    episodes: int = option(500, "recorded for training", 4, 10**6)
+    heldout_episodes: int = option(100, "recorded for probing only", 2, 10**6)
+    steps: int = option(100, "per recorded episode", 8, 1000)
     action_noise: float = option(0.45, "largest action noise; an episode draws from 0 to it", 0, 2)
     frame_size: int = option(64, "pixels; the paper's 64", 16, 512)
     renderer: str = option("auto", "how agents are drawn", choices=("auto", "gl", "raycast"))
+    # Masks
+    erode: int = option(0, "pixels taken off the border of every mask", 0, 64)
+    dilate: int = option(0, "pixels added to the border of every mask", 0, 64)
+    shift: int = option(0, "pixels by which masks lie too far right", 0, 512)
+    occlude: float = option(0.0, "fraction of the agent that rectangles cut out of its mask", 0, 1)
+    mask_input: bool = option(False, "mask as a fourth channel of what IDM, FDM and policy see")
     # Latent action model
     image_size: int = option(64, "pixels that the networks see; divides frame_size", 8, 512)
     background_weight: float = option(0.0, "b of masklam's loss; lapo is b = 1", 0, 1)
@@ -132,14 +125,15 @@ class Config:
 
 
 LAPTOP = dict(image_size=32, latent_dim=32, offset=1, patch=4, idm_widths=(64,), fdm_widths=(64,),
-              blocks=1, hidden=256, gate=True, lam_updates=500, batch_size=128, lam_lr=1e-3,
-              policy_updates=2000, policy_lr=1e-3, decoder_updates=1000)
+              blocks=0, hidden=256, gate=True, lam_updates=1000, batch_size=128, lam_lr=2e-3,
+              policy_updates=4000, policy_lr=2e-3, decoder_updates=1000)
 PRESETS = {
     "smoke": LAPTOP | dict(episodes=8, heldout_episodes=2, steps=40, lam_updates=30,
                            policy_updates=20, decoder_updates=50, labels=80, eval_episodes=2,
                            eval_steps=40, batch_size=32),
     "laptop": LAPTOP,  # two CPU cores, a quarter of an hour
-    "gpu": dict(episodes=1000, lam_updates=10000, policy_updates=10000, decoder_updates=5000),
+    "gpu": dict(episodes=1000, steps=250, lam_updates=10000, policy_updates=10000,
+                decoder_updates=5000),
     "paper": dict(episodes=5000, steps=1000, labels=128_000),  # the authors' sizes, 5M transitions
 }
 
@@ -179,13 +173,10 @@ def random(*purpose) -> np.random.Generator:
                                   for p in purpose])
 
 
-# ==================================================================================================
-# 3. Tasks and experts
-#
+# ==== 3. Tasks and experts ========================================================================
 # A task is a Gymnasium MuJoCo environment, a camera that keeps its agent large and whole, and an
 # expert to record. An expert is one small matrix, found by augmented random search (ARS V2-t,
 # arXiv 1803.07055) with the trainer below: linear policies run well, and fit into this file.
-# ==================================================================================================
 @dataclass(frozen=True)
 class Task:
     """An environment, its camera, the search that found its expert, and the expert itself."""
@@ -310,20 +301,19 @@ def train_expert(env_id, directions, top, size, step, horizon, noise, gain, budg
     return base64.b85encode(best.tobytes()).decode(), unseen
 
 
-# ==================================================================================================
-# 4. Renderer
-#
+# ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
 # once what the distractors are composed behind and the simulator's own mask. Drawing only the
 # bodies that move, at twice the size and without shadows, is ~50 times faster than env.render().
-# ==================================================================================================
 NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
 
 
-def halve(image: np.ndarray) -> np.ndarray:
-    """(2H, 2W, ...) u8 -> (H, W, ...) u8: the mean of 2x2 boxes, five times faster than mean()."""
-    rows = image[0::2].astype(np.uint16) + image[1::2]
-    return ((rows[:, 0::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
+def box_average(image: np.ndarray, factor: int) -> np.ndarray:
+    """(..., H, W, C) u8 -> (..., H / factor, W / factor, C) u8; five times faster than mean()."""
+    wide = np.uint16 if factor <= 16 else np.uint32
+    rows = sum(image[..., i::factor, :, :].astype(wide) for i in range(factor))
+    boxes = sum(rows[..., i::factor, :] for i in range(factor))
+    return ((boxes + factor**2 // 2) // factor**2).astype(np.uint8)
 
 
 def compose(rgb: np.ndarray, alpha: np.ndarray, background: np.ndarray) -> np.ndarray:
@@ -356,7 +346,8 @@ class AgentRenderer:
 
     model: the environment's MjModel. It is copied, and drawn with an MjData of its own: live
         frames would lag a physics substep behind, and syncing the environment's data changes it.
-    camera: (distance in metres, elevation in degrees); azimuth 90, tracking body 1.
+    camera: (distance in metres, elevation in degrees); azimuth 90. It follows the centre of mass
+        along the ground but keeps its height: with no floor in sight, a jump would be invisible.
     size: height and width of the images, pixels. scene: also draw floor and sky.
     backend: "gl" (MuJoCo's renderer), "raycast" (needs no OpenGL, slower) or "auto" (gl where a
         context can be made). `backend` and `fallback_reason` say afterwards what it became.
@@ -380,8 +371,8 @@ class AgentRenderer:
             self.model.geom_size[0, 2] = 10  # coarser floor grid; looks the same, 3x faster
         self.scene = mujoco.MjvScene(self.model, maxgeom=200)
         self.camera, self.option = mujoco.MjvCamera(), mujoco.MjvOption()
-        self.camera.type = mujoco.mjtCamera.mjCAMERA_TRACKING
-        self.camera.trackbodyid = 1
+        mujoco.mj_forward(self.model, self.data)
+        self.height = self.data.subtree_com[1, 2]  # of the initial pose
         self.viewport = mujoco.MjrRect(0, 0, 2 * size, 2 * size)
         if self.backend == "gl":
             context.make_current()
@@ -403,6 +394,7 @@ class AgentRenderer:
             self.model.geom_rgba[1:, :3] = np.clip(self.colors[1:, :3] + tint[1:], 0, 1)
         self.camera.azimuth, self.camera.elevation = 90 + view[0], self.camera_default[1] + view[1]
         self.camera.distance = self.camera_default[0] * view[3]
+        self.camera.lookat[:] = *self.data.subtree_com[1, :2], self.height
         draw = self._draw_gl if self.backend == "gl" else self._draw_rays
         rgb, alpha = draw(view[2], agent_only=True)
         if self.full_scene:
@@ -430,8 +422,7 @@ class AgentRenderer:
         rgb = np.empty((2 * self.size, 2 * self.size, 3), np.uint8)
         depth = np.empty((2 * self.size, 2 * self.size), np.float32)
         mujoco.mjr_readPixels(rgb, depth, self.viewport, self.context)
-        alpha = (depth > 0).astype(np.uint8) * np.uint8(255)
-        return halve(rgb)[::-1], halve(alpha)[::-1]  # OpenGL's first row is the lowest
+        return self._halve(rgb[::-1], depth[::-1] > 0)  # OpenGL's first row is the lowest
 
     def _draw_rays(self, roll, agent_only):
         """The same picture from `mj_multiRay`: hits, distances and normals, Lambert-shaded."""
@@ -443,51 +434,44 @@ class AgentRenderer:
         side = np.cross(left.forward, left.up)
         rays = left.forward + x.reshape(-1, 1) * side + y.reshape(-1, 1) * left.up
         rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-        # Most rays pass far from the agent: cast those that meet a geom's bounding sphere.
-        centers = self.data.geom_xpos[1:] - origin
-        distances = np.linalg.norm(centers, axis=1)
-        reach = np.sqrt(1 - (self.model.geom_rbound[1:] / distances) ** 2)
-        near = (rays @ (centers / distances[:, None]).T > reach).any(1) | (not agent_only)
-        cast = rays[near]
-        count = len(cast)
-        geom, distance = np.full(count, -1, np.int32), np.zeros(count)
-        normal = np.zeros(3 * count)
-        mujoco.mj_multiRay(self.model, self.data, origin, cast.ravel(), None, not agent_only, -1,
-                           geom, distance, normal, count, mujoco.mjMAXVAL)
-        light = 0.35 + 0.65 * np.abs((normal.reshape(-1, 3) * cast).sum(1, keepdims=True))
+        geom, distance, normal = np.zeros(n * n, np.int32), np.zeros(n * n), np.zeros((n * n, 3))
+        mujoco.mj_multiRay(self.model, self.data, origin, rays.ravel(), None, not agent_only, -1,
+                           geom, distance, normal.reshape(-1), n * n, mujoco.mjMAXVAL)
+        light = 0.35 + 0.65 * np.abs((normal * rays).sum(1, keepdims=True))
         color = self.model.geom_rgba[geom, :3] * light
         if not agent_only:  # a chequered floor under a blue sky
-            ground = origin + cast * distance[:, None]
+            ground = origin + rays * distance[:, None]
             checks = np.floor(ground[:, :2]).sum(1) % 2 * 0.15 + 0.25
             color[geom == 0] = checks[geom == 0, None] + [0, 0.1, 0.2]
         color[geom < 0] = (0, 0, 0) if agent_only else (0.3, 0.45, 0.6)
-        rgb, alpha = np.zeros((n * n, 3), np.uint8), np.zeros(n * n, np.uint8)
-        rgb[near], alpha[near] = 255 * color.clip(0, 1), 255 * (geom > 0)
-        return halve(rgb.reshape(n, n, 3)), halve(alpha.reshape(n, n))
+        rgb = (255 * color.clip(0, 1)).astype(np.uint8)
+        return self._halve(rgb.reshape(n, n, 3), (geom > 0).reshape(n, n))
+
+    def _halve(self, rgb, inside):
+        """Colour (2 size, 2 size, 3) and agent (2 size, 2 size) bool -> rgb, alpha of `size`."""
+        alpha = inside[..., None] * np.uint8(255)
+        return box_average(rgb, 2), box_average(alpha, 2)[..., 0]
 
     def close(self):
         if self.backend == "gl":
             self.context.free()
 
 
-# ==================================================================================================
-# 5. Distractors
-#
+# ==== 5. Distractors ==============================================================================
 # In: a Gymnasium MuJoCo environment. Out: the same environment with 64x64 pixel observations in
 # which everything but the agent moves too, partly following the agent's actions. Stationary or
 # smooth backgrounds are easy: what ruins a latent action is many sharp edges moving independently.
-# ==================================================================================================
 class Backdrop:
     """Two scrolling textures and 12 two-coloured sprites, each with a velocity of its own.
 
     Velocities follow, in pixels a step,
         v = SPEED * (rho * P a + sqrt(1 - rho^2) * u),
     with a the executed action scaled to [-1, 1], P a random projection that is the same for every
-    episode (P a has unit variance when actions are uniformly random), and u
-    unit-variance Ornstein-Uhlenbeck noise. Colours, shapes, places and u change with `rng`.
+    episode (P a has unit variance when actions are uniformly random), and u unit-variance
+    Ornstein-Uhlenbeck noise. Colours, shapes, places and u change with `rng`.
     """
 
-    TEXTURES, SPRITES, SPEED, PERSISTENCE = 2, 12, 3.0, 0.5
+    TEXTURES, SPRITES, SPEED, PERSISTENCE = 2, 12, 3.5, 0.5
     COLORS = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
 
     def __init__(self, rng, action_dim, correlation=0.5, size=64):
@@ -555,6 +539,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
+    LIMIT = SCALE * np.array([90, 90, 90, 0.5])  # azimuth, elevation, roll; distance factor
 
     def __init__(self, env, level="low", correlation=0.5, camera=(2.6, -8.0), size=64,
                  backend="auto"):
@@ -575,11 +560,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
             self.rng = np.random.default_rng([seed, 1])
         action_dim, geoms = self.action_space.shape[0], self.unwrapped.model.ngeom
         self.backdrop = Backdrop(self.rng, action_dim, self.correlation, self.size)
-        # Distracting Control Suite: walks of position and velocity inside hard limits, here for
-        # azimuth, elevation and roll (degrees) and the distance factor.
-        limit = np.array([90, 90, 90, 0.5]) * self.SCALE
-        self.view_limit = limit
-        self.view, self.view_velocity = self.rng.uniform(-limit, limit), np.zeros(4)
+        self.view, self.view_velocity = self.rng.uniform(-self.LIMIT, self.LIMIT), np.zeros(4)
         self.tint = self.rng.uniform(-self.SCALE, self.SCALE, (geoms, 3))
         return self._observe(state, info, np.zeros(action_dim, np.float32))
 
@@ -594,8 +575,8 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return observation, reward, terminated, truncated, info
 
     def _walk(self):
-        """One step of the camera's and the colours' random walks."""
-        limit, normal = self.view_limit, self.rng.standard_normal
+        """One step of the camera's and the colours' random walks, which stay inside limits."""
+        limit, normal = self.LIMIT, self.rng.standard_normal
         speed = self.view_velocity + 0.05 * limit * normal(4)
         self.view_velocity = np.clip(speed, -0.2 * limit, 0.2 * limit)
         self.view = np.clip(self.view + self.view_velocity, -limit, limit)
@@ -619,12 +600,9 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         super().close()
 
 
-# ==================================================================================================
-# 6. Video
-#
+# ==== 6. Video ====================================================================================
 # In: a task, its expert and a distractor level. Out: episodes in memory-mapped arrays, and index
 # arithmetic that cuts training windows from them. Everything after this section is off-line.
-# ==================================================================================================
 @dataclass
 class Video:
     """Recorded episodes; frames[e, t] is what the agent sees when it chooses actions[e, t].
@@ -653,17 +631,14 @@ class Video:
 
     @classmethod
     def create(cls, folder, E, T, size, A, S, D):
-        """Make empty files; length 0 marks an episode that is still to be recorded."""
+        """Make empty files, length last; length 0 marks an episode still to be recorded."""
         shapes = dict(frames=(E, T, size, size, 3), masks=(E, T, size, size), actions=(E, T, A),
                       rewards=(E, T), states=(E, T, S), distractor=(E, T, D), length=(E,))
         types = dict(frames=np.uint8, masks=np.uint8, length=np.int64)
-        unfinished = Path(f"{folder}.new")  # takes its name when all its files are there
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, shape in shapes.items():
-            path = unfinished / f"{name}.npy"
+            path = folder / f"{name}.npy"
             np.lib.format.open_memmap(path, "w+", types.get(name, np.float32), shape).flush()
-        os.replace(unfinished, folder)
 
     def select(self, episodes):
         """The same video with only these episodes, a slice."""
@@ -673,15 +648,8 @@ class Video:
         """Frames and masks box-averaged down to size x size pixels, in memory."""
         factor = self.frames.shape[2] // size
         frames, masks = (np.stack([box_average(episode, factor) for episode in x])
-                         for x in (self.frames, self.masks))
-        return replace(self, frames=frames, masks=masks)
-
-
-def box_average(images: np.ndarray, factor: int) -> np.ndarray:
-    """(T, H, W, ...) u8 -> (T, H / factor, W / factor, ...) u8."""
-    T, H, W, *rest = images.shape
-    boxes = images.reshape(T, H // factor, factor, W // factor, factor, *rest)
-    return ((boxes.sum((2, 4), np.uint32) + factor**2 // 2) // factor**2).astype(np.uint8)
+                         for x in (self.frames, self.masks[..., None]))
+        return replace(self, frames=frames, masks=masks[..., 0])
 
 
 def start_worker():
@@ -768,7 +736,7 @@ def record(config, folder):
         print(f"no OpenGL context ({reason}): drawing with ray casts, which is slower")
     E, H, jobs = config.episodes, config.heldout_episodes, []
     for name, count, rho in (("main", E + H, config.correlation), ("decorrelated", H, 0.0)):
-        if not (folder / name).exists():
+        if not (folder / name / "length.npy").exists():
             Video.create(folder / name, count, *sizes)
         done = Video.open(folder / name).length
         splits = [("train", i) for i in range(E)] if name == "main" else []
@@ -789,13 +757,16 @@ class Windows:
 
     A window of offset k is the stack before (t-2, t-1, t), the stack after (t+k-2, t+k-1, t+k)
     and the next frame t + 1. It never crosses an episode's end: history before the first frame
-    repeats the first frame, and k is cut to what the episode has left.
+    repeats the first frame, and k is cut to what the episode has left. With mask_input every frame
+    of a stack has its mask as a fourth channel.
     """
 
-    def __init__(self, video: Video, device="cpu"):
+    def __init__(self, video: Video, device="cpu", mask_input=False):
         self.video, self.T, self.device = video, video.frames.shape[1], device
         self.frames = torch.from_numpy(np.ascontiguousarray(video.frames)).flatten(0, 1).to(device)
         self.masks = torch.from_numpy(np.ascontiguousarray(video.masks)).flatten(0, 1).to(device)
+        if mask_input:
+            self.frames = torch.cat([self.frames, self.masks[..., None]], -1)  # (N, H, W, 4)
         steps = np.arange(self.T)
         self.e, self.t = np.nonzero(steps[None] + 1 < video.length[:, None])
 
@@ -810,16 +781,19 @@ class Windows:
         return e[:, None] * self.T + np.stack(offsets, 1).clip(0)
 
     def batch(self, windows, k=1):
-        """-> before (B, 9, H, W), after (B, 9, H, W), next frame (B, 3, H, W), all floats in
-        [-0.5, 0.5] with the newest frame last, and the next frame's mask (B, 1, H, W) in [0, 1]."""
+        """-> before (B, 3 C, H, W), after (B, 3 C, H, W), next frame (B, 3, H, W), all floats in
+        [-0.5, 0.5] with the newest frame last, and the next frame's mask (B, 1, H, W) in [0, 1].
+        C is 3, or 4 with mask_input."""
         index = torch.from_numpy(self.index(windows, k)).to(self.device)
-        frames = to_float(self.frames[index])  # one gather: (B, 7, H, W, 3) u8 -> (B, 21, H, W)
-        return frames[:, :9], frames[:, 9:18], frames[:, 18:], self.masks[index[:, 6:]] / 255.0
+        frames = to_float(self.frames[index])  # one gather: (B, 7, H, W, C) u8 -> (B, 7 C, H, W)
+        C = self.frames.shape[-1]
+        return (frames[:, :3 * C], frames[:, 3 * C:6 * C], frames[:, 6 * C:6 * C + 3],
+                self.masks[index[:, 6:]] / 255.0)
 
     def before(self, windows):
-        """-> only the stack before, (B, 9, H, W): all that a policy sees."""
+        """-> only the stack before, (B, 3 C, H, W): all that a policy sees."""
         index = torch.from_numpy(self.index(windows, 1)[:, :3]).to(self.device)
-        return to_float(self.frames[index])  # (B, 3, H, W, 3) u8 -> (B, 9, H, W)
+        return to_float(self.frames[index])  # (B, 3, H, W, C) u8 -> (B, 3 C, H, W)
 
     def actions(self, windows):
         """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
@@ -827,30 +801,44 @@ class Windows:
 
 
 def to_float(frames: torch.Tensor) -> torch.Tensor:
-    """(B, n, H, W, 3) u8 -> (B, 3 n, H, W) in [-0.5, 0.5], channels last in memory."""
+    """(B, n, H, W, C) u8 -> (B, n C, H, W) in [-0.5, 0.5], channels last in memory."""
     stacked = frames.permute(0, 1, 4, 2, 3).flatten(1, 2)
     return stacked.contiguous(memory_format=torch.channels_last).float() / 255 - 0.5
 
 
-# ==================================================================================================
-# 7. Masks
-#
-# In: a Video. Out: its agent masks and how good they are. The simulator's masks were drawn along
-# with the frames and stand in video.masks already; this section measures masks against them.
-# ==================================================================================================
+# ==== 7. Masks ====================================================================================
+# In: agent masks. Out: worse ones, to see how good they must be, and how good they are. The
+# simulator's masks were drawn along with the frames and stand in video.masks already.
+def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
+    """Masks (n, H, W) u8 made worse as --erode, --dilate, --shift and --occlude say, in this order.
+
+    Erosion and dilation are minima and maxima over squares; occlusion cuts rectangles centred on
+    the agent, up to a quarter of the frame wide and high, until the fraction is reached.
+    """
+    x = torch.from_numpy(np.array(masks, np.float32))[:, None]
+    for reach, sign in ((config.erode, -1), (config.dilate, 1)):
+        x = sign * F.max_pool2d(sign * x, 2 * reach + 1, 1, reach)
+    x = F.pad(x, (config.shift, 0))[..., :x.shape[-1]]
+    worse = x[:, 0].byte().numpy()
+    for mask in worse if config.occlude else ():
+        y, x = np.nonzero(mask >= 128)
+        while len(y) and (mask[y, x] == 0).mean() < config.occlude:
+            i, (h, w) = rng.integers(len(y)), rng.integers(1, mask.shape[0] // 8 + 1, 2)
+            mask[max(y[i] - h, 0):y[i] + h, max(x[i] - w, 0):x[i] + w] = 0
+    return worse
+
+
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
     a, b = a >= 128, b >= 128
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
-# ==================================================================================================
-# 8. Networks
-#
+# ==== 8. Networks =================================================================================
 # The convolutional encoder of IMPALA (arXiv 1802.01561), three times: the IDM turns six frames
 # into a latent action, the FDM three frames and a latent action into the next frame, the policy
-# three frames into a latent action. All three know frames only as (B, 3 n, H, W) in [-0.5, 0.5].
-# ==================================================================================================
+# three frames into a latent action. All see n frames as (B, n C, H, W) in [-0.5, 0.5]: C is 3, or 4
+# where the mask is an input.
 class ResidualBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -903,7 +891,8 @@ class FrameEncoder(nn.Module):
     def __init__(self, config, frames, outputs):
         super().__init__()
         side = config.image_size // encoder_stride(config.patch, config.idm_widths)
-        self.encoder = encoder(3 * frames, config.patch, config.idm_widths, config.blocks)
+        channels = (3 + config.mask_input) * frames
+        self.encoder = encoder(channels, config.patch, config.idm_widths, config.blocks)
         inputs, hidden = config.idm_widths[-1] * side**2, config.hidden
         self.head = nn.Linear(inputs, outputs) if hidden == 0 else nn.Sequential(
             nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
@@ -913,7 +902,7 @@ class FrameEncoder(nn.Module):
 
 
 class FDM(nn.Module):
-    """Three frames (B, 9, H, W) and a latent action (B, Z) -> the next frame (B, 3, H, W).
+    """Three frames (B, 3 C, H, W) and a latent action (B, Z) -> the next frame (B, 3, H, W).
 
     The latent becomes a map that is concatenated with what the encoder has seen. To first order
     a motion is velocity times image gradient, so small nets need a product too: `gate` adds it.
@@ -923,7 +912,8 @@ class FDM(nn.Module):
         super().__init__()
         width = config.fdm_widths[-1]
         self.side = config.image_size // encoder_stride(config.patch, config.fdm_widths)
-        self.encoder = encoder(9, config.patch, config.fdm_widths, config.blocks)
+        channels = (3 + config.mask_input) * 3
+        self.encoder = encoder(channels, config.patch, config.fdm_widths, config.blocks)
         self.latent = nn.Linear(config.latent_dim, width * self.side**2)
         self.gate = config.gate
         self.merge = nn.Conv2d((3 if self.gate else 2) * width, width, 1)
@@ -937,12 +927,9 @@ class FDM(nn.Module):
         return torch.tanh(self.decoder(merged)) / 2
 
 
-# ==================================================================================================
-# 9. Latent action models
-#
+# ==== 9. Latent action models =====================================================================
 # In: windows of a Video. Out: an IDM whose latent actions explain what the masked loss asks for,
 # and its FDM. One loop trains every method; they differ in the weight of the background alone.
-# ==================================================================================================
 def masked_mse(prediction, target, mask, background_weight=0.0):
     """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
 
@@ -1064,12 +1051,9 @@ def latents(idm, windows: Windows, chosen=None) -> np.ndarray:
     return torch.cat([idm(before, after).cpu() for before, after, _, _ in batches]).numpy()
 
 
-# ==================================================================================================
-# 10. Linear probe
-#
+# ==== 10. Linear probe ============================================================================
 # In: latent actions and true actions of training and held-out episodes. Out: how much of the action
 # a linear map reads from the latent. Closed form, so nothing is tuned and nothing can diverge.
-# ==================================================================================================
 def ridge(inputs, targets, penalty=1e-4):
     """Ridge regression with intercept in closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A).
 
@@ -1117,17 +1101,9 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) ->
                       moved[~half]))
 
 
-# ==================================================================================================
-# 11. Latent policy
-#
+# ==== 11. Latent policy ===========================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions from frames alone, then decode the cloned latents to actions with a few labels.
-# ==================================================================================================
-def labelled_windows(windows: Windows, labels: int) -> np.ndarray:
-    """The first `labels` windows: whole episodes, the last one cut short where it must be."""
-    return np.arange(min(labels, len(windows)))
-
-
 def clone(config, windows: Windows, targets: np.ndarray, text, chosen, checkpoint=None):
     """Behaviour cloning from frames: regress targets (len(windows), Z or A) on the stack before.
 
@@ -1170,30 +1146,34 @@ def train_decoder(config, policy, windows: Windows, chosen):
     return mlp.eval()
 
 
-# ==================================================================================================
-# 12. Evaluation
-#
+# ==== 12. Evaluation ==============================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
 # probed on. Episodes of one job step together, so that the policy sees batches.
-# ==================================================================================================
 @torch.no_grad()
 def rollout(job):
     """Episodes of (config, pickled policy, seeds) -> (returns (n,), film of the first episode).
 
-    The policy maps (n, 9, H, W) to actions (n, A). film: (t, H, W, 3) u8, t <= 200.
+    The policy maps (n, 3 C, H, W) to actions (n, A). film: (t, H, W, 3) u8, t <= 200.
     """
     config, pickled, seeds = job
     policy, factor = pickle.loads(pickled), config.frame_size // config.image_size
-    envs = [make_env(config) for _ in seeds]
-    newest = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])  # (n, H, W, 3)
+    envs, rng = [make_env(config) for _ in seeds], random(seeds[0], "degrade")
+
+    def seen(frame, info):  # -> (H, W, C)
+        if not config.mask_input:
+            return frame
+        return np.dstack([frame, degrade(config, info["mask"][None], rng)[0]])
+
+    newest = np.stack([seen(*env.reset(seed=seed)) for env, seed in zip(envs, seeds)])
     stack = [box_average(newest, factor)] * 3  # before the first frame, the first frame
     returns, alive, film = np.zeros(len(envs)), np.ones(len(envs), bool), []
     for _ in range(config.eval_steps):
         actions = policy(to_float(torch.from_numpy(np.stack(stack, 1)))).numpy()
         if len(film) < 200 and alive[0]:
-            film.append(newest[0].copy())
+            film.append(newest[0, ..., :3].copy())
         for i in np.flatnonzero(alive):
-            newest[i], reward, terminated, _, _ = envs[i].step(actions[i])
+            frame, reward, terminated, _, info = envs[i].step(actions[i])
+            newest[i] = seen(frame, info)
             returns[i] += reward
             alive[i] = not terminated
         if not alive.any():
@@ -1224,11 +1204,8 @@ def evaluate_state_policy(config, name):
                      for seed in seeds])
 
 
-# ==================================================================================================
-# 13. Report
-#
+# ==== 13. Report ==================================================================================
 # In: the numbers of all stages. Out: a table, two figures and an animation.
-# ==================================================================================================
 COLUMNS = (("probe_nmse", "NMSE"), ("probe_nmse_decorrelated", "NMSE rho=0"),
            ("leakage_r2", "leakage"), ("return_mean", "return"), ("return_std", "+-"),
            ("normalized_return", "normalised"), ("labels", "labels"))
@@ -1319,16 +1296,14 @@ def save_animation(films, path, scale=3):
                        loop=0)
 
 
-# ==================================================================================================
-# 14. Pipeline
-#
+# ==== 14. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. Stages are cached under a key made of the config fields
 # they depend on, written whole or not at all, and taken up again where a killed run stopped.
-# ==================================================================================================
-FORMAT = "masklam-1"
+FORMAT = "masklam-2"
 RECORDING = ("task", "seed", "distractor", "correlation", "episodes", "heldout_episodes", "steps",
              "action_noise", "frame_size", "renderer")
-NETWORK = ("image_size", "patch", "idm_widths", "blocks", "hidden", "batch_size")
+MASKS = ("erode", "dilate", "shift", "occlude")
+NETWORK = ("image_size", "patch", "idm_widths", "blocks", "hidden", "batch_size", "mask_input")
 MODEL = NETWORK + ("latent_dim", "offset", "fdm_widths", "gate", "lam_updates", "lam_lr")
 POLICY = NETWORK + ("policy_updates", "policy_lr")
 DECODER = ("labels", "decoder_updates")
@@ -1417,30 +1392,43 @@ class Run:
     def windows(self):
         """Training, held-out and decorrelated video as Windows; records it where need be."""
         key = cache_key(self.config, RECORDING)
-        folder, partial = self.cache / f"video-{key}", self.cache / f"video-{key}.partial"
+        folder = self.cache / f"video-{key}"
         if self.fresh:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
         def compute(_):
             start = time.monotonic()
-            frames, backend = record(self.config, partial)
+            frames, backend = record(self.config, folder)
             print(f"recorded {frames} frames, {frames / (time.monotonic() - start):.0f} a second")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
             return backend
 
-        self.renderer = self.cached("record", "video", key, compute)
         try:
+            self.renderer = self.cached("record", "video", key, compute)
             main, decorrelated = (Video.open(folder / name) for name in ("main", "decorrelated"))
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is damaged ({first_line(error)}); pass --fresh to record "
-                            "again") from error
-        E = self.config.episodes
-        parts = main.select(slice(0, E)), main.select(slice(E, None)), decorrelated
-        return [Windows(part.shrink(self.config.image_size), self.device) for part in parts]
+            raise UserError(f"{folder} is damaged or cannot be written ({first_line(error)}); "
+                            "pass --fresh to record again") from error
+        E, windows, self.mask_iou = self.config.episodes, [], {}
+        for name, part in (("training", main.select(slice(0, E))),
+                           ("heldout", main.select(slice(E, None))),
+                           ("decorrelated", decorrelated)):
+            if any(getattr(self.config, flag) for flag in MASKS):
+                worse = np.stack([degrade(self.config, masks, random(self.config.seed, name, i))
+                                  for i, masks in enumerate(part.masks)])
+                self.mask_iou[name] = mask_iou(part.masks, worse)
+                part = replace(part, masks=worse)
+            windows.append(Windows(part.shrink(self.config.image_size), self.device,
+                                   self.config.mask_input))
+        return windows
+
+    def mask_fields(self, method=None):
+        """The config's mask fields if they matter to a method or reference, as lapo's do not."""
+        weighted = method in METHODS and self.background_weight(method) != 1
+        return MASKS if weighted or self.config.mask_input else ()
 
     def lam_key(self, method):
-        return cache_key(self.config, RECORDING + MODEL, method, self.background_weight(method))
+        return cache_key(self.config, RECORDING + MODEL + self.mask_fields(method), method,
+                         self.background_weight(method))
 
     def background_weight(self, method):
         return self.config.background_weight if method == "masklam" else METHODS.get(method)
@@ -1485,10 +1473,10 @@ class Run:
         """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
         config, training = self.config, self.windows[0]
         everything, A = np.arange(len(training)), training.video.actions.shape[-1]
-        labelled = everything if name == "oracle" else labelled_windows(training, config.labels)
+        labelled = everything if name == "oracle" else everything[:config.labels]  # whole episodes
         direct = name in REFERENCES  # cloned from actions, with no latent action in between
         if direct:
-            key = cache_key(config, RECORDING + POLICY, name, len(labelled))
+            key = cache_key(config, RECORDING + POLICY + self.mask_fields(), name, len(labelled))
         else:
             key = cache_key(config, POLICY + DECODER, self.lam_key(name))
 
@@ -1534,8 +1522,10 @@ class Run:
                 normalized_return=(float(returns.mean()) - chance) / (expert - chance))
         rows["supervised-idm"] = self.probe("supervised-idm")
         results = dict(
-            task=config.task, seed=config.seed, config=asdict(config), versions=versions(),
-            device=str(self.device), renderer=self.renderer, mask_source="simulator", mask_iou={},
+            task=config.task, seed=config.seed, config=asdict(config),
+            versions={m.__name__: m.__version__ for m in (torch, mujoco, gym, np)}
+            | {"python": sys.version.split()[0]}, device=str(self.device),
+            renderer=self.renderer, mask_source="simulator", mask_iou=self.mask_iou,
             seconds={stage: round(s, 1) for stage, s in self.seconds.items()},
             expert_return=expert, random_return=chance, methods=rows)
         shown = np.array([len(self.windows[1]) // 3])  # one held-out window, the same for all
@@ -1568,12 +1558,6 @@ class Run:
         for stage in STAGES[:STAGES.index(until) + 1]:
             result = stages[stage]()
         return result if until == "report" else None
-
-
-def versions() -> dict:
-    modules = dict(torch=torch, mujoco=mujoco, gymnasium=gym, numpy=np)
-    return {name: module.__version__ for name, module in modules.items()} | {
-        "python": platform.python_version()}
 
 
 def summarize(results: list[dict]) -> dict:

@@ -102,9 +102,9 @@ def test_renderer_agrees_with_the_simulators_segmentation(backend):
     env.reset(seed=0)
     model, size = env.model, 128
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()
-    camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
     camera.distance, camera.azimuth, camera.elevation = 2.6, 90, -8
     renderer = masklam.AgentRenderer(model, backend=backend)
+    camera.lookat[2] = renderer.height
     reference_gl = not isinstance(masklam.gl_context(), Exception)
     if reference_gl:
         reference = mujoco.Renderer(model, size, size)
@@ -116,16 +116,29 @@ def test_renderer_agrees_with_the_simulators_segmentation(backend):
             env.step(env.action_space.sample())
         data.qpos[:] = env.data.qpos
         mujoco.mj_forward(model, data)
+        camera.lookat[:2] = data.subtree_com[1, :2]
         if reference_gl:
             reference.update_scene(data, camera)
             inside = (reference.render()[..., 0] > 0) * 255
         else:
             inside = reference(data.qpos)[1]
-        truth = masklam.box_average(inside[None].astype(np.uint8), 2)[0]
+        truth = masklam.box_average(inside[..., None].astype(np.uint8), 2)[..., 0]
         rgb, alpha = renderer(env.data.qpos)
         assert masklam.mask_iou(alpha, truth) >= 0.95  # of one frame; the mean is in the README
         assert 0.02 < (alpha >= 128).mean() < 0.2
         assert (rgb[alpha == 0] == 0).all() and rgb[alpha == 255].mean() > 40
+
+
+def test_the_camera_follows_the_agent_along_the_ground_but_shows_its_jumps():
+    model = masklam.state_env("HalfCheetah-v5").model
+    renderer, pose = masklam.AgentRenderer(model), model.qpos0.copy()
+    middle = lambda mask: np.argwhere(mask >= 128).mean(0)  # row, column
+    here = middle(renderer(pose)[1])
+    for joint, moves_up in ((0, 0), (1, 0.3)):  # 5 m ahead; 0.3 m up
+        moved = pose.copy()
+        moved[joint] += moves_up or 5
+        row, column = middle(renderer(moved)[1]) - here
+        assert abs(column) < 1 and (-20 < row < -5 if moves_up else abs(row) < 1)
 
 
 def test_drawing_leaves_the_physics_bitwise_unchanged():
@@ -233,7 +246,44 @@ def test_box_averages_equal_numpy_means():
     for factor in (1, 2, 3):
         mean = images.reshape(3, 12 // factor, factor, 12 // factor, factor, 3).mean((2, 4))
         assert abs(masklam.box_average(images, factor) - mean).max() <= 0.5
-    assert (masklam.halve(images[0]) == masklam.box_average(images[:1], 2)[0]).all()
+
+
+def test_a_mask_input_is_the_fourth_channel_of_every_frame_that_is_seen():
+    video = random_video()
+    plain, windows = Windows(video), Windows(video, mask_input=True)
+    chosen = np.arange(len(windows))
+    before, after, target, mask = windows.batch(chosen, 2)
+    for seen, frames, offset in ((before, plain.batch(chosen, 2)[0], 0),
+                                 (after, plain.batch(chosen, 2)[1], 3)):
+        seen = seen.unflatten(1, (3, 4))  # frames, channels
+        assert torch.equal(seen[:, :, :3].flatten(1, 2), frames)
+        index = torch.from_numpy(windows.index(chosen, 2))[:, offset:offset + 3]
+        torch.testing.assert_close(seen[:, :, 3], windows.masks[index] / 255 - 0.5)
+    assert torch.equal(target, plain.batch(chosen, 2)[2])
+    assert torch.equal(mask, plain.batch(chosen, 2)[3])
+    assert torch.equal(windows.before(chosen), before)
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+def test_degraded_masks_are_what_their_flags_say():
+    rng = np.random.default_rng(0)
+    masks = np.zeros((6, 32, 32), np.uint8)
+    masks[:, 8:20, 6:24] = rng.integers(0, 256, (6, 12, 18))
+    worse = lambda **flags: masklam.degrade(replace(SMOKE, **flags), masks, rng)
+    assert (worse() == masks).all()
+    windows = np.lib.stride_tricks.sliding_window_view
+    assert (worse(erode=1)[:, 1:-1, 1:-1] == windows(masks, (3, 3), (1, 2)).min((3, 4))).all()
+    assert (worse(dilate=2)[:, 2:-2, 2:-2] == windows(masks, (5, 5), (1, 2)).max((3, 4))).all()
+    moved = worse(shift=10)
+    assert (moved[:, :, 10:] == masks[:, :, :-10]).all() and (moved[:, :, :10] == 0).all()
+    agent, hidden = masks >= 128, worse(occlude=0.4)
+    fractions = [(h[a] == 0).mean() for a, h in zip(agent, hidden)]
+    assert min(fractions) >= 0.4 and np.mean(fractions) < 0.65
+    assert ((hidden == masks) | (hidden == 0)).all()
+    assert masklam.mask_iou(masks, hidden) == pytest.approx((hidden >= 128).sum() / agent.sum())
+    assert (worse(occlude=1.0)[agent] == 0).all()
 
 
 # -- loss, networks, training --------------------------------------------------------------------
@@ -388,12 +438,6 @@ def test_probe_reads_linear_latents_and_nothing_from_noise():
     assert moved["leakage_r2"] > 0.999
 
 
-def test_labelled_windows_are_the_first_whole_episodes():
-    windows = Windows(random_video())
-    assert masklam.labelled_windows(windows, 9).tolist() == list(range(9))
-    assert set(windows.e[masklam.labelled_windows(windows, 9)]) == {0, 1}
-
-
 def test_cloning_and_decoding_recover_a_visible_action():
     """The action is painted into the newest frame; latents are a rotation of it."""
     rng = np.random.default_rng(0)
@@ -487,6 +531,20 @@ def test_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(smoke)
     added = sorted(p.name.rsplit("-", 1)[0] for p in set(now) - set(cached))
     assert added == ["evaluate-labels-only", "evaluate-lapo", "evaluate-masklam",
                      "policy-labels-only", "policy-lapo", "policy-masklam"]
+
+
+def test_masks_as_input_and_degraded_masks_leave_lapo_alone(smoke):
+    folder, _, before = smoke
+    flags = ["--preset", "smoke", "--out", str(folder.parent), "--erode", "1", "--occlude", "0.2"]
+    cached = set((folder / "cache").glob("*.pt"))
+    assert masklam.main(flags) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert all(0.1 < iou < 0.8 for iou in results["mask_iou"].values())
+    assert set(results["mask_iou"]) == {"training", "heldout", "decorrelated"}
+    touched = {p.name.rsplit("-", 1)[0] for p in set((folder / "cache").glob("*.pt")) - cached}
+    assert touched == {"lam-masklam", "probe-masklam", "policy-masklam", "evaluate-masklam"}
+    assert masklam.main([*flags, "--mask-input"]) == 0
+    assert before["mask_iou"] == {} and before["mask_source"] == "simulator"
 
 
 def test_damaged_and_foreign_cache_files_are_named(smoke, capsys):
