@@ -142,6 +142,10 @@ class UserError(Exception):
     """Something the user can mend: reported as one line, exit status 2."""
 
 
+def first_line(error) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:100]
+
+
 def check_config(config: Config):
     """Raise UserError unless every field is allowed and they fit together."""
     for f in fields(config):
@@ -623,10 +627,14 @@ class Video:
 
     @classmethod
     def open(cls, folder, mode="r"):
-        """Map the arrays of a folder; ValueError or OSError if one is damaged or missing."""
-        video = cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
-        if any(getattr(video, f.name).shape[:1] != video.length.shape for f in fields(cls)):
-            raise ValueError("its arrays differ in their number of episodes")
+        """Map the arrays of a folder; UserError if one is damaged or missing."""
+        try:
+            video = cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
+            if any(getattr(video, f.name).shape[:1] != video.length.shape for f in fields(cls)):
+                raise ValueError("its arrays differ in their number of episodes")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is damaged ({first_line(error)}); pass --fresh to record "
+                            "again") from error
         return video
 
     @classmethod
@@ -1104,6 +1112,11 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) ->
 # ==== 11. Latent policy ===========================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions from frames alone, then decode the cloned latents to actions with a few labels.
+def labelled_windows(windows: Windows, labels: int) -> np.ndarray:
+    """The first `labels` windows: whole episodes, the last one cut short where it must be."""
+    return np.arange(min(labels, len(windows)))
+
+
 def clone(config, windows: Windows, targets: np.ndarray, text, chosen, checkpoint=None):
     """Behaviour cloning from frames: regress targets (len(windows), Z or A) on the stack before.
 
@@ -1354,10 +1367,6 @@ def save_json(path, value):
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def first_line(error) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:100]
-
-
 class Run:
     """One seed's folder: its cache, its clock and its results."""
 
@@ -1402,12 +1411,8 @@ class Run:
             print(f"recorded {frames} frames, {frames / (time.monotonic() - start):.0f} a second")
             return backend
 
-        try:
-            self.renderer = self.cached("record", "video", key, compute)
-            main, decorrelated = (Video.open(folder / name) for name in ("main", "decorrelated"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is damaged or cannot be written ({first_line(error)}); "
-                            "pass --fresh to record again") from error
+        self.renderer = self.cached("record", "video", key, compute)
+        main, decorrelated = (Video.open(folder / name) for name in ("main", "decorrelated"))
         E, windows, self.mask_iou = self.config.episodes, [], {}
         for name, part in (("training", main.select(slice(0, E))),
                            ("heldout", main.select(slice(E, None))),
@@ -1473,7 +1478,7 @@ class Run:
         """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
         config, training = self.config, self.windows[0]
         everything, A = np.arange(len(training)), training.video.actions.shape[-1]
-        labelled = everything if name == "oracle" else everything[:config.labels]  # whole episodes
+        labelled = everything if name == "oracle" else labelled_windows(training, config.labels)
         direct = name in REFERENCES  # cloned from actions, with no latent action in between
         if direct:
             key = cache_key(config, RECORDING + POLICY + self.mask_fields(), name, len(labelled))
