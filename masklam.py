@@ -24,7 +24,7 @@ background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the age
     python masklam.py --task cheetah --train-expert      search the expert anew, print its literal
 
 A run takes nothing but a CPU and writes runs/<task>-<preset>-<distractor>-<seed>/: results.json,
-summary.png, training.png, rollouts.gif, and a cache that a second run reuses. Every stage is a
+summary.png, masks.png, rollouts.gif, and a cache that a second run reuses. Every stage is a
 function of a Config and arrays that a notebook or a fork can call by itself; only section 14
 knows where files live.
 
@@ -39,12 +39,12 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib
 import json
 import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -65,18 +65,20 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+
 # ==== 2. Config ===================================================================================
 # Every number that shapes a run, once: its type, default, meaning and allowed range. The command
 # line is made from this class, so a new field is a new flag. Presets are plain overrides.
 DISTRACTORS = ("none", "low", "hard")
 METHODS = {"lapo": 1.0, "masklam": 0.0}  # name -> weight of the background in the loss
-
+SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
+SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
+             "vit_h": "sam_vit_h_4b8939.pth"}  # official names end in the start of their SHA-256
 
 def option(default, text, low=None, high=None, choices=None):
     """A dataclass field that knows its help text and what values it allows."""
     limits = dict(help=text, low=low, high=high, choices=choices)
     return field(default=default, metadata=limits)
-
 
 @dataclass(frozen=True)
 class Config:
@@ -91,10 +93,16 @@ class Config:
     episodes: int = option(500, "recorded for training", 4, 10**6)
     heldout_episodes: int = option(100, "recorded for probing only", 2, 10**6)
     steps: int = option(100, "per recorded episode", 8, 1000)
-    action_noise: float = option(0.45, "largest action noise; an episode draws from 0 to it", 0, 2)
+    action_noise: float = option(1.0, "times the task's noise; an episode draws from 0 to it", 0, 9)
     frame_size: int = option(64, "pixels; the paper's 64", 16, 512)
-    renderer: str = option("auto", "how agents are drawn", choices=("auto", "gl", "raycast"))
     # Masks
+    masks: str = option("auto", "their source; auto: sam if its checkpoint is on disk",
+                        choices=("auto", "simulator", "student", "sam"))
+    sam_model: str = option("vit_b", "which SAM", choices=tuple(SAM_FILES))
+    sam_checkpoint: str = option("", "its file; default: the official one, downloaded once")
+    prompt: tuple[str, ...] = option((), "points for SAM, pixels: x,y on the agent, -x,y off it")
+    keyframes: int = option(64, "frames that SAM segments and the student learns from", 4, 10**6)
+    student_updates: int = option(600, "optimiser steps", 1, 10**8)
     erode: int = option(0, "pixels taken off the border of every mask", 0, 64)
     dilate: int = option(0, "pixels added to the border of every mask", 0, 64)
     shift: int = option(0, "pixels by which masks lie too far right", 0, 512)
@@ -123,7 +131,6 @@ class Config:
     eval_episodes: int = option(20, "per policy, on unseen backgrounds", 1, 10**5)
     eval_steps: int = option(500, "per evaluation episode; 25 s of a cheetah", 1, 10**5)
 
-
 LAPTOP = dict(image_size=32, latent_dim=32, offset=1, patch=4, idm_widths=(64,), fdm_widths=(64,),
               blocks=0, hidden=256, gate=True, lam_updates=1000, batch_size=128, lam_lr=2e-3,
               policy_updates=4000, policy_lr=2e-3, decoder_updates=1000)
@@ -132,19 +139,16 @@ PRESETS = {
                            policy_updates=20, decoder_updates=50, labels=80, eval_episodes=2,
                            eval_steps=40, batch_size=32),
     "laptop": LAPTOP,  # two CPU cores, a quarter of an hour
-    "gpu": dict(episodes=1000, steps=250, lam_updates=10000, policy_updates=10000,
-                decoder_updates=5000),
-    "paper": dict(episodes=5000, steps=1000, labels=128_000),  # the authors' sizes, 5M transitions
+    "gpu": dict(episodes=1000, steps=250, keyframes=512, lam_updates=10000,
+                policy_updates=10000, decoder_updates=5000),
+    "paper": dict(episodes=5000, steps=1000, keyframes=512, labels=128_000),  # the authors' sizes
 }
-
 
 class UserError(Exception):
     """Something the user can mend: reported as one line, exit status 2."""
 
-
 def first_line(error) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:100]
-
 
 def check_config(config: Config):
     """Raise UserError unless every field is allowed and they fit together."""
@@ -157,19 +161,19 @@ def check_config(config: Config):
             low, high = limits["low"], limits["high"]
             if low is not None and not (math.isfinite(v) and low <= v <= high):
                 raise UserError(f"{flag} is {v}; allowed: {low} to {high}")
+    for point in config.prompt:
+        if not re.fullmatch(r"-?\d+,\d+", point):
+            raise UserError(f"--prompt is {point!r}; allowed: x,y or -x,y in pixels, like 32,28")
     if config.task not in TASKS:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}")
     if config.frame_size % config.image_size:
-        raise UserError(f"--image-size {config.image_size} must divide "
-                        f"--frame-size {config.frame_size}")
+        raise UserError(f"--image-size {config.image_size} must divide --frame-size")
     stride = config.patch * 2 ** (len(config.idm_widths) - (config.patch > 1))
     if config.image_size % stride or len(config.idm_widths) != len(config.fdm_widths):
         raise UserError(f"--image-size {config.image_size} must be a multiple of {stride} (--patch "
                         "and one halving a stage), with as many --fdm-widths as --idm-widths")
     if config.labels > config.episodes * config.steps:
-        raise UserError(f"--labels is {config.labels}; allowed: 1 to {config.episodes} episodes x "
-                        f"{config.steps} steps = {config.episodes * config.steps}")
-
+        raise UserError(f"--labels is {config.labels}; allowed: 1 to --episodes times --steps")
 
 def random(*purpose) -> np.random.Generator:
     """A generator for (seed, purpose, ...): the same arguments give the same numbers."""
@@ -188,98 +192,99 @@ class Task:
     env_id: str
     distance: float  # of the tracking camera, metres
     elevation: float  # of the tracking camera, degrees
+    noise: float  # largest action noise of a recording, of actions scaled to [-1, 1]
     search: dict  # arguments of `train_expert`
-    expert: str  # (A, 1 + S) float16 in base 85: bias, then weights, of a linear policy
-
+    expert: str | None  # (A, 1 + S) float16 in base 85: bias, then weights, of a linear policy
+    options: dict = field(default_factory=dict)  # of gym.make
 
 TASKS = {
     "cheetah": Task(  # --train-expert, 9 minutes; returns 4714 on average of 100 seeds, falls in 6
-        "HalfCheetah-v5", 2.6, -8.0,
+        "HalfCheetah-v5", 2.6, -8.0, 0.45,
         dict(directions=32, top=8, size=0.1, step=0.02, horizon=500, noise=0.4, gain=0.8,
              budget=10_000_000),
         "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7"
         "F$0wr?O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_"
         "cyMWfH9Hz(ewk1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h"
         "?qfL!u2B<{*%fEGWjS"),
+    "hopper": Task(  # --train-expert, 18 minutes; returns 2828 +- 22 on ten unseen seeds
+        "Hopper-v5", 2.7, -8.0, 0.1,
+        dict(directions=16, top=8, size=0.03, step=0.015, horizon=1000, noise=0.15, gain=0.9,
+             shift=1, budget=8_000_000),
+        "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6"
+        "AcCkz?"),
 }
-
 
 def load_expert(text: str, inputs: int) -> np.ndarray:
     """Literal of a Task -> (A, 1 + S) f64."""
     return np.frombuffer(base64.b85decode(text), np.float16).reshape(-1, 1 + inputs).astype(float)
 
-
 def expert_action(expert: np.ndarray, state: np.ndarray) -> np.ndarray:
     """Linear policy (A, 1 + S) at observation (S,) -> action (A,), not yet clipped."""
     return expert[:, 0] + expert[:, 1:] @ state
 
+def bare_env(task: str):
+    """A task's environment without wrappers and time limit; it observes the state."""
+    mujoco.set_mju_user_warning(lambda _: None)  # models' deprecations, also to ./MUJOCO_LOG.TXT
+    return gym.make(TASKS[task].env_id, disable_env_checker=True, **TASKS[task].options).unwrapped
 
-@functools.cache
-def state_env(env_id: str):
-    """The bare environment (no wrappers, no time limit) for policies that read the state."""
-    silence_mujoco()
-    return gym.make(env_id, disable_env_checker=True).unwrapped
-
+state_env = functools.cache(bare_env)  # a process needs only one of each
 
 def state_rollout(job) -> tuple[float, int, np.ndarray, np.ndarray]:
-    """One episode of (env_id, expert or None for random actions, seed, steps, noise, gain).
+    """One episode of (task, expert or None for random actions, seed, steps, noise, gain).
 
     The expert's clipped actions are multiplied by gain and disturbed by Gaussian noise. Returns
     the return, the number of steps, and sum and sum of squares of the observations.
     """
-    env_id, expert, seed, steps, noise, gain = job
-    env, rng = state_env(env_id), random(seed, "rollout")
+    task, expert, seed, steps, noise, gain = job
+    env, rng = state_env(task), random(seed, "rollout")
     low, high = env.action_space.low, env.action_space.high
     state, _ = env.reset(seed=seed)
     total, states = 0.0, []
     for _ in range(steps):
         states.append(state)
         action = rng.uniform(low, high) if expert is None else expert_action(expert, state)
-        action = gain * np.clip(action, low, high) + noise * rng.standard_normal(len(low))
+        action = gain * np.clip(action, low, high) + noise * high * rng.standard_normal(len(low))
         state, reward, terminated, _, _ = env.step(np.clip(action, low, high))
         total += reward
         if terminated:
             break
     return total, len(states), np.sum(states, 0), np.square(states).sum(0)
 
-
 def search_pair(job):
-    """Rollouts of (env_id, weights, mean, std, size, seed, steps, noise, gain), both ways."""
-    env_id, weights, mean, std, size, seed, steps, noise, gain = job
+    """Rollouts of (task, weights, mean, std, size, seed, steps, noise, gain), both ways."""
+    task, weights, mean, std, size, seed, steps, noise, gain = job
     delta = size * random(seed, "direction").standard_normal(weights.shape)
     noise, gain = random(seed, "disturbance").uniform((0, gain), (noise, 1))
-    return [state_rollout((env_id, fold_whitening(weights + d, mean, std), seed, steps, noise,
-                           gain)) for d in (delta, -delta)]
-
+    return [state_rollout((task, fold_whitening(weights + d, mean, std), seed, steps, noise, gain))
+            for d in (delta, -delta)]
 
 def fold_whitening(weights, mean, std):
     """Policy on (state - mean) / std -> the same policy on the state, (A, 1 + S)."""
     return np.c_[-(weights / std) @ mean, weights / std]
 
-
-def train_expert(env_id, directions, top, size, step, horizon, noise, gain, budget, seed=0):
+def train_expert(task, directions, top, size, step, horizon, noise, gain, budget, shift=0, seed=0):
     """Augmented random search for a linear policy that survives being imitated.
 
     Each iteration tries `directions` random directions, normal of scale `size`, both ways and
     moves by `step` along the `top` best, weighted by their return differences. Observations are
-    whitened by running statistics; the step decays linearly to a fifth. A clone errs a little
-    everywhere and regresses to the mean, and plain ARS finds gaits that topple over that: so
-    `size` is large, and each episode is disturbed by action noise of a scale from 0 to `noise` and
-    its actions shrunk by a factor from `gain` to 1. Of the policies seen every 320 directions, the
-    best on ten fixed episodes, half of them disturbed, is kept. Stops after `budget` simulated
-    steps.
+    whitened by running statistics; the step decays linearly to a fifth. Clones err a little and
+    regress to the mean, and plain ARS finds gaits that topple over that: so `size` is large, and
+    each episode is disturbed by action noise of a scale from 0 to `noise` and its actions shrunk by
+    a factor from `gain` to 1. Every 320 directions the policy is tried on ten fixed episodes, half
+    of them disturbed, and the best is kept. `shift` is subtracted from every step's reward, so that
+    standing still earns nothing. Stops after `budget` simulated steps.
     Returns the literal for TASKS, and its returns on ten seeds never used in the search.
     """
-    A, S = state_env(env_id).action_space.shape[0], state_env(env_id).observation_space.shape[0]
+    A, S = state_env(task).action_space.shape[0], state_env(task).observation_space.shape[0]
     weights, mean, std = np.zeros((A, S)), np.zeros(S), np.ones(S)
     count, sums, squares, rng = 0, np.zeros(S), np.zeros(S), random(seed, "expert")
     best, best_return, iteration = None, -np.inf, 0
     with worker_pool() as pool, tqdm(total=budget, desc="expert", unit_scale=True) as bar:
         while count < budget:
             seeds = [int(s) for s in rng.integers(2**31, size=directions)]
-            jobs = [(env_id, weights, mean, std, size, s, horizon, noise, gain) for s in seeds]
+            jobs = [(task, weights, mean, std, size, s, horizon, noise, gain) for s in seeds]
             pairs = list(pool.map(search_pair, jobs, chunksize=4))
-            returns = np.array([[plus[0], minus[0]] for plus, minus in pairs])
+            returns = np.array([[total - shift * n for total, n, *_ in pair] for pair in pairs])
             chosen = np.argsort(-returns.max(1))[:top]
             moves = sum((returns[i, 0] - returns[i, 1])
                         * random(seeds[i], "direction").standard_normal((A, S)) for i in chosen)
@@ -294,23 +299,22 @@ def train_expert(env_id, directions, top, size, step, horizon, noise, gain, budg
             if iteration % max(1, 320 // directions) == 0 or best is None:
                 expert = fold_whitening(weights, mean, std).astype(np.float16)
                 disturbed = ((0.0, 1.0), (noise / 2, (1 + gain) / 2))
-                jobs = [(env_id, expert.astype(float), 10**5 + i, 1000, *disturbed[i % 2])
+                jobs = [(task, expert.astype(float), 10**5 + i, 1000, *disturbed[i % 2])
                         for i in range(10)]
                 mean_return = np.mean([r[0] for r in pool.map(state_rollout, jobs)])
                 if mean_return > best_return:
                     best, best_return = expert, mean_return
                 bar.set_postfix(best=f"{best_return:.0f}")
-        jobs = [(env_id, best.astype(float), 10**6 + i, 1000, 0.0, 1.0) for i in range(10)]
+        jobs = [(task, best.astype(float), 10**6 + i, 1000, 0.0, 1.0) for i in range(10)]
         unseen = [r[0] for r in pool.map(state_rollout, jobs)]
     return base64.b85encode(best.tobytes()).decode(), unseen
 
 
 # ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
-# once what the distractors are composed behind and the simulator's own mask. Drawing only the
-# bodies that move, at twice the size and without shadows, is ~50 times faster than env.render().
+# once what the distractors are composed behind and the simulator's own mask. Rays at just the
+# pixels that it may cover, four at its edges, are fast, need no OpenGL and look the same anywhere.
 NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
-
 
 def box_average(image: np.ndarray, factor: int) -> np.ndarray:
     """(..., H, W, C) u8 -> (..., H / factor, W / factor, C) u8; five times faster than mean()."""
@@ -319,32 +323,6 @@ def box_average(image: np.ndarray, factor: int) -> np.ndarray:
     boxes = sum(rows[..., i::factor, :] for i in range(factor))
     return ((boxes + factor**2 // 2) // factor**2).astype(np.uint8)
 
-
-def compose(rgb: np.ndarray, alpha: np.ndarray, background: np.ndarray) -> np.ndarray:
-    """Premultiplied agent (H, W, 3) u8 with alpha (H, W) u8 over a background (H, W, 3) u8."""
-    behind = background.astype(np.uint16) * (255 - alpha.astype(np.uint16))[..., None]
-    return rgb + ((behind + 128) // 255).astype(np.uint8)
-
-
-@functools.cache
-def gl_context():
-    """This process's one OpenGL context, current; -> the exception where none can be made."""
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa's threads would fight our processes
-    if importlib.util.find_spec("triton"):  # its LLVM crashes if it is loaded after Mesa's
-        importlib.import_module("triton")
-    backend = os.environ.get("MUJOCO_GL", "egl" if sys.platform == "linux" else "").lower()
-    try:
-        if backend == "egl":  # MuJoCo's own default on Linux needs a screen
-            from mujoco.egl import GLContext
-        else:
-            from mujoco import GLContext
-        context = GLContext(64, 64)
-        context.make_current()
-        return context
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
-        return error
-
-
 class AgentRenderer:
     """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
 
@@ -352,113 +330,73 @@ class AgentRenderer:
         frames would lag a physics substep behind, and syncing the environment's data changes it.
     camera: (distance in metres, elevation in degrees); azimuth 90. It follows the centre of mass
         along the ground but keeps its height: with no floor in sight, a jump would be invisible.
-    size: height and width of the images, pixels. scene: also draw floor and sky.
-    backend: "gl" (MuJoCo's renderer), "raycast" (needs no OpenGL, slower) or "auto" (gl where a
-        context can be made). `backend` and `fallback_reason` say afterwards what it became.
+    size: height and width of the images, pixels.
     """
 
-    def __init__(self, model, camera=(2.6, -8.0), size=64, scene=False, backend="auto"):
-        context = gl_context() if backend != "raycast" else None
-        if backend == "gl" and isinstance(context, Exception):
-            raise RuntimeError(f"no OpenGL context can be made: {context}") from context
-        self.fallback_reason = str(context) if isinstance(context, Exception) else None
-        self.backend = "raycast" if backend == "raycast" or self.fallback_reason else "gl"
-        self.model, self.size, self.full_scene = copy.copy(model), size, scene
-        self.data, self.camera_default = mujoco.MjData(self.model), camera
-        self.colors = self.model.geom_rgba.copy()
-        visual = self.model.vis
-        visual.headlight.ambient[:] = 0.4  # keeps the agent visible in front of anything
-        visual.quality.offsamples = 0  # we box-average two-fold instead
-        visual.quality.shadowsize, visual.quality.numslices, visual.quality.numstacks = 64, 16, 8
-        visual.global_.offwidth = visual.global_.offheight = 2 * size
-        if scene:
-            self.model.geom_size[0, 2] = 10  # coarser floor grid; looks the same, 3x faster
-        self.scene = mujoco.MjvScene(self.model, maxgeom=200)
-        self.camera, self.option = mujoco.MjvCamera(), mujoco.MjvOption()
+    def __init__(self, model, camera=(2.6, -8.0), size=64):
+        self.model, self.camera, self.size = copy.copy(model), camera, size
+        self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
         mujoco.mj_forward(self.model, self.data)
         self.height = self.data.subtree_com[1, 2]  # of the initial pose
-        self.viewport = mujoco.MjrRect(0, 0, 2 * size, 2 * size)
-        if self.backend == "gl":
-            context.make_current()
-            self.context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_50)
-            self.context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR  # background depth = 0
+        self.reach = model.geom_rbound[model.geom_bodyid > 0, None]  # of the agent's geoms
+        self.pixel = 2 * np.tan(np.radians(model.vis.global_.fovy / 2)) / size  # at 1 m
 
     def __call__(self, qpos, view=NO_VIEW, tint=None):
         """Draw one state.
 
         qpos: (nq,) joint positions. view: see NO_VIEW. tint: (ngeom, 3) added to the colours.
-        Returns rgb (size, size, 3) u8 and alpha (size, size) u8. Without `scene` rgb is
-        premultiplied by alpha; with it, rgb is the whole picture. alpha is the agent's either way.
+        Returns rgb (size, size, 3) u8, premultiplied by alpha, and alpha (size, size) u8.
         """
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_comPos(self.model, self.data)
-        mujoco.mj_camlight(self.model, self.data)
         if tint is not None:
-            self.model.geom_rgba[1:, :3] = np.clip(self.colors[1:, :3] + tint[1:], 0, 1)
-        self.camera.azimuth, self.camera.elevation = 90 + view[0], self.camera_default[1] + view[1]
-        self.camera.distance = self.camera_default[0] * view[3]
-        self.camera.lookat[:] = *self.data.subtree_com[1, :2], self.height
-        draw = self._draw_gl if self.backend == "gl" else self._draw_rays
-        rgb, alpha = draw(view[2], agent_only=True)
-        if self.full_scene:
-            rgb, _ = draw(view[2], agent_only=False)
-        return rgb, alpha
+            self.model.geom_rgba[:, :3] = np.clip(self.colors + tint, 0, 1)
+        self._place(view)
+        # The projected bounding cubes of all geoms say which pixels the agent may cover.
+        seen = (self.data.geom_xpos[self.model.geom_bodyid > 0] - self.eye) @ self.axes.T
+        corners = [(seen[:, :2] + i * self.reach) / np.maximum(seen[:, 2:] + j * self.reach, 0.1)
+                   for i in (-1, 1) for j in (-1, 1)]
+        n = self.size
+        low, high = (np.array([np.min(corners, (0, 1)), np.max(corners, (0, 1))])
+                     / self.pixel + n / 2).astype(int).clip(0, n)
+        y, x = np.mgrid[low[1]:high[1] + 1, low[0]:high[0] + 1].clip(0, n - 1)
+        rgba, geom = np.zeros((n, n, 4)), np.full((n, n), -1)
+        rgba[y, x], geom[y, x] = self._cast(x + 0.5, y + 0.5)
+        edge = np.zeros((n, n), bool)
+        for axis in (0, 1):  # a pixel unlike the one before it or after it
+            differs = np.diff(geom, axis=axis, prepend=-1) != 0
+            edge |= differs | np.roll(differs, -1, axis)
+        y, x = np.nonzero(edge)
+        around = np.array([[1, 1], [1, 3], [3, 1], [3, 3]]).T[..., None] / 4
+        rgba[y, x] = self._cast(x + around[0], y + around[1])[0].mean(0)
+        rgba = (rgba + 0.5).astype(np.uint8)
+        return rgba[..., :3], rgba[..., 3]
 
-    def _place(self, roll, agent_only):
-        """Fill the scene with geoms and the camera, which MuJoCo itself cannot roll."""
-        dynamic, everything = mujoco.mjtCatBit.mjCAT_DYNAMIC, mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self.model, self.data, self.option, None, self.camera,
-                               dynamic if agent_only else everything, self.scene)
-        for eye in self.scene.camera if roll else ():
-            side = np.cross(eye.forward, eye.up)
-            eye.up = np.cos(np.radians(roll)) * eye.up + np.sin(np.radians(roll)) * side
-        flags = mujoco.mjtRndFlag
-        self.scene.flags[flags.mjRND_SHADOW] = self.scene.flags[flags.mjRND_REFLECTION] = 0
-        self.scene.flags[flags.mjRND_SKYBOX] = not agent_only
+    def _place(self, view):
+        """Put the camera where it belongs: `eye` (3,), and `axes` (3, 3): right, down, ahead."""
+        degrees = (90 + view[0], self.camera[1] + view[1], view[2])
+        (ca, ce, cr), (sa, se, sr) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        ahead, side = np.array([ca * ce, sa * ce, se]), np.array([sa, -ca, 0])
+        up = np.array([-ca * se, -sa * se, ce])
+        self.axes = np.stack([cr * side - sr * up, -cr * up - sr * side, ahead])
+        middle = np.array([*self.data.subtree_com[1, :2], self.height])
+        self.eye = middle - self.camera[0] * view[3] * ahead
 
-    def _draw_gl(self, roll, agent_only):
-        self._place(roll, agent_only)
-        # Others may draw in this process, and several models share one OpenGL context.
-        gl_context().make_current()
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
-        mujoco.mjr_render(self.viewport, self.scene, self.context)
-        rgb = np.empty((2 * self.size, 2 * self.size, 3), np.uint8)
-        depth = np.empty((2 * self.size, 2 * self.size), np.float32)
-        mujoco.mjr_readPixels(rgb, depth, self.viewport, self.context)
-        return self._halve(rgb[::-1], depth[::-1] > 0)  # OpenGL's first row is the lowest
-
-    def _draw_rays(self, roll, agent_only):
-        """The same picture from `mj_multiRay`: hits, distances and normals, Lambert-shaded."""
-        self._place(roll, agent_only)
-        left, right = self.scene.camera  # the eyes of a stereo camera, a few centimetres apart
-        origin = (left.pos + right.pos).astype(np.float64) / 2
-        n, half = 2 * self.size, left.frustum_top / left.frustum_near  # tan of half the field
-        y, x = np.mgrid[n - 1:-n:-2, 1 - n:n:2] * half / n
-        side = np.cross(left.forward, left.up)
-        rays = left.forward + x.reshape(-1, 1) * side + y.reshape(-1, 1) * left.up
-        rays /= np.linalg.norm(rays, axis=1, keepdims=True)
-        geom, distance, normal = np.zeros(n * n, np.int32), np.zeros(n * n), np.zeros((n * n, 3))
-        mujoco.mj_multiRay(self.model, self.data, origin, rays.ravel(), None, not agent_only, -1,
-                           geom, distance, normal.reshape(-1), n * n, mujoco.mjMAXVAL)
-        light = 0.35 + 0.65 * np.abs((normal * rays).sum(1, keepdims=True))
-        color = self.model.geom_rgba[geom, :3] * light
-        if not agent_only:  # a chequered floor under a blue sky
-            ground = origin + rays * distance[:, None]
-            checks = np.floor(ground[:, :2]).sum(1) % 2 * 0.15 + 0.25
-            color[geom == 0] = checks[geom == 0, None] + [0, 0.1, 0.2]
-        color[geom < 0] = (0, 0, 0) if agent_only else (0.3, 0.45, 0.6)
-        rgb = (255 * color.clip(0, 1)).astype(np.uint8)
-        return self._halve(rgb.reshape(n, n, 3), (geom > 0).reshape(n, n))
-
-    def _halve(self, rgb, inside):
-        """Colour (2 size, 2 size, 3) and agent (2 size, 2 size) bool -> rgb, alpha of `size`."""
-        alpha = inside[..., None] * np.uint8(255)
-        return box_average(rgb, 2), box_average(alpha, 2)[..., 0]
-
-    def close(self):
-        if self.backend == "gl":
-            self.context.free()
+    def _cast(self, x, y):
+        """Colours (..., 4) from 0 to 255, lit from the camera, and geoms (...), -1 for none."""
+        plane = [self.pixel * (x - self.size / 2), self.pixel * (y - self.size / 2),
+                 np.ones(x.shape)]
+        rays = np.stack(plane, -1).reshape(-1, 3) @ self.axes
+        rays /= np.sqrt(np.einsum("ni,ni->n", rays, rays))[:, None]
+        n = len(rays)
+        geom, distance, normal = np.zeros(n, np.int32), np.zeros(n), np.zeros((n, 3))
+        mujoco.mj_multiRay(self.model, self.data, self.eye, rays.ravel(), None, False, -1, geom,
+                           distance, normal.reshape(-1), n, mujoco.mjMAXVAL)
+        color = np.append(self.model.geom_rgba * 255, np.zeros((1, 4)), 0)[geom]
+        color[:, :3] *= 0.45 + 0.75 * np.abs(np.einsum("ni,ni->n", normal, rays))[:, None]
+        color[:, 3] = 255 * (geom >= 0)
+        return color.clip(0, 255).reshape(*x.shape, 4), geom.reshape(x.shape)
 
 
 # ==== 5. Distractors ==============================================================================
@@ -529,34 +467,31 @@ class Backdrop:
         inside = slice(self.margin, self.margin + self.size)
         return canvas[inside, inside]
 
-
 class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
 
-    level: "none" (MuJoCo's own scene), "low" (a Backdrop behind the agent, camera fixed) or "hard"
+    level: "none" (a plain background), "low" (a Backdrop behind the agent, camera fixed) or "hard"
         (also camera and agent colours on the random walks of the Distracting Control Suite,
         arXiv 2101.02722, at `SCALE`). correlation: the Backdrop's rho.
-    camera, size, backend: see AgentRenderer.
+    camera, size: see AgentRenderer.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
         (D,) f32 velocities of the background, pixels a step (camera: degrees), "action" (A,) f32
         as executed. reset(seed=s) seeds physics and distractors; equal seeds give equal frames.
     """
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
-    LIMIT = SCALE * np.array([90, 90, 90, 0.5])  # azimuth, elevation, roll; distance factor
 
-    def __init__(self, env, level="low", correlation=0.5, camera=(2.6, -8.0), size=64,
-                 backend="auto"):
+    def __init__(self, env, level="low", correlation=0.5, camera=(2.6, -8.0), size=64):
         gym.utils.RecordConstructorArgs.__init__(
-            self, level=level, correlation=correlation, camera=camera, size=size, backend=backend)
+            self, level=level, correlation=correlation, camera=camera, size=size)
         super().__init__(env)
         if level not in DISTRACTORS:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(DISTRACTORS)}")
         self.level, self.correlation, self.size = level, correlation, size
-        self.renderer = AgentRenderer(env.unwrapped.model, camera, size, level == "none", backend)
+        self.renderer = AgentRenderer(env.unwrapped.model, camera, size)
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
-        self.rng = np.random.default_rng()
-        self.frame = None
+        self.rng, self.frame = np.random.default_rng(), None
+        self.plain = np.full((size, size, 3), (70, 105, 140), np.uint8)
 
     def reset(self, *, seed=None, options=None):
         state, info = self.env.reset(seed=seed, options=options)
@@ -564,44 +499,35 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
             self.rng = np.random.default_rng([seed, 1])
         action_dim, geoms = self.action_space.shape[0], self.unwrapped.model.ngeom
         self.backdrop = Backdrop(self.rng, action_dim, self.correlation, self.size)
-        self.view, self.view_velocity = self.rng.uniform(-self.LIMIT, self.LIMIT), np.zeros(4)
-        self.tint = self.rng.uniform(-self.SCALE, self.SCALE, (geoms, 3))
+        self.limit = self.SCALE * np.array([90, 90, 90, 0.5] + [1] * 3 * geoms)
+        self.pose = self.rng.uniform(-self.limit, self.limit)  # view, then a tint of every geom
+        self.drift = np.zeros(len(self.pose))
         return self._observe(state, info, np.zeros(action_dim, np.float32))
 
     def step(self, action):
         box = self.action_space
         executed = np.clip(action, box.low, box.high).astype(np.float32)  # replays exactly
         state, reward, terminated, truncated, info = self.env.step(executed)
-        self.backdrop.step(executed / box.high)
-        if self.level == "hard":
-            self._walk()
+        if self.level != "none":
+            self.backdrop.step(executed / box.high)
+        if self.level == "hard":  # a random walk with inertia, inside limits
+            drift = self.drift + 0.05 * self.limit * self.rng.standard_normal(len(self.drift))
+            self.drift = np.clip(drift, -0.2 * self.limit, 0.2 * self.limit)
+            self.pose = np.clip(self.pose + self.drift, -self.limit, self.limit)
         observation, info = self._observe(state, info, executed)
         return observation, reward, terminated, truncated, info
 
-    def _walk(self):
-        """One step of the camera's and the colours' random walks, which stay inside limits."""
-        limit, normal = self.LIMIT, self.rng.standard_normal
-        speed = self.view_velocity + 0.05 * limit * normal(4)
-        self.view_velocity = np.clip(speed, -0.2 * limit, 0.2 * limit)
-        self.view = np.clip(self.view + self.view_velocity, -limit, limit)
-        walk = self.tint + 0.03 * self.SCALE * normal(self.tint.shape)
-        self.tint = np.clip(walk, -self.SCALE, self.SCALE)
-
     def _observe(self, state, info, executed):
-        pose = (self.view + [0, 0, 0, 1], self.tint) if self.level == "hard" else ()
-        rgb, mask = self.renderer(self.unwrapped.data.qpos, *pose)
-        behind = self.level != "none"
-        self.frame = compose(rgb, mask, self.backdrop.draw()) if behind else rgb.copy()
-        moved = self.backdrop.velocity if behind else np.zeros_like(self.backdrop.velocity)
-        return self.frame, info | {"state": state, "mask": mask, "distractor": moved,
-                                   "action": executed}
+        hard = (self.pose[:4] + NO_VIEW, self.pose[4:].reshape(-1, 3))
+        rgb, mask = self.renderer(self.unwrapped.data.qpos, *hard if self.level == "hard" else ())
+        behind = self.plain if self.level == "none" else self.backdrop.draw()
+        weighted = behind * (255 - mask.astype(np.uint16))[..., None]
+        self.frame = rgb + ((weighted + 128) // 255).astype(np.uint8)
+        return self.frame, info | {"state": state, "mask": mask, "action": executed,
+                                   "distractor": self.backdrop.velocity.copy()}
 
     def render(self):
         return self.frame
-
-    def close(self):
-        self.renderer.close()
-        super().close()
 
 
 # ==== 6. Video ====================================================================================
@@ -659,18 +585,11 @@ class Video:
                          for x in (self.frames, self.masks[..., None]))
         return replace(self, frames=frames, masks=masks[..., 0])
 
-
 def start_worker():
     """Prepare a worker process: one thread, and no life without its parent."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def silence_mujoco():
-    """Keep the models' deprecation warnings off the screen and out of ./MUJOCO_LOG.TXT."""
-    mujoco.set_mju_user_warning(lambda message: None)
-
 
 @contextlib.contextmanager
 def worker_pool():
@@ -688,25 +607,19 @@ def worker_pool():
     finally:
         pool.shutdown(cancel_futures=True)
 
-
 def episode_seed(config, split, index):
     """Environment seed of an episode; splits never share one, nor do runs with other seeds."""
     block = ("train", "heldout", "decorrelated", "evaluate").index(split)
     return config.seed * 10**6 + block * 250_000 + index
 
-
 def make_env(config, correlation=None):
     """The task's environment with the config's distractors; correlation: None or another rho."""
-    silence_mujoco()
     task = TASKS[config.task]
-    env = gym.make(task.env_id, disable_env_checker=True, max_episode_steps=10**6)
-    return Distractors(env, config.distractor,
-                       config.correlation if correlation is None else correlation,
-                       (task.distance, task.elevation), config.frame_size, config.renderer)
-
+    rho = config.correlation if correlation is None else correlation
+    return Distractors(bare_env(config.task), config.distractor, rho,
+                       (task.distance, task.elevation), config.frame_size)
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
-
 
 def record_episode(job) -> int:
     """Record episode `index` of (config, folder, index, seed, correlation) into its files."""
@@ -714,11 +627,11 @@ def record_episode(job) -> int:
     env, video, rng = cached_env(config, correlation), Video.open(folder, "r+"), random(seed, "act")
     frame, info = env.reset(seed=seed)
     expert = load_expert(TASKS[config.task].expert, len(info["state"]))
-    noise_scale = rng.uniform(0, config.action_noise)
+    noise_scale = rng.uniform(0, config.action_noise * TASKS[config.task].noise)
     for t in range(config.steps):
         video.frames[index, t], video.masks[index, t] = frame, info["mask"]
         video.states[index, t] = info["state"]
-        noise = noise_scale * rng.standard_normal(len(expert))
+        noise = noise_scale * env.action_space.high * rng.standard_normal(len(expert))
         action = expert_action(expert, info["state"]) + noise
         frame, video.rewards[index, t], terminated, _, info = env.step(action)
         video.actions[index, t], video.distractor[index, t] = info["action"], info["distractor"]
@@ -727,21 +640,17 @@ def record_episode(job) -> int:
     video.length[index] = t + 1
     return t + 1
 
-
 def record(config, folder):
     """Record the run's two videos, going on where an earlier call was stopped.
 
     folder/main: `episodes` for training, then `heldout_episodes`. folder/decorrelated:
     `heldout_episodes` more whose background no longer follows the action (rho = 0).
-    Returns the number of frames recorded and the name of the renderer.
+    Returns the number of frames recorded.
     """
     env = make_env(config)
     _, info = env.reset(seed=0)
     sizes = (config.steps, config.frame_size, env.action_space.shape[0], len(info["state"]),
              len(info["distractor"]))
-    backend, reason = env.renderer.backend, env.renderer.fallback_reason
-    if reason:
-        print(f"no OpenGL context ({reason}): drawing with ray casts, which is slower")
     E, H, jobs = config.episodes, config.heldout_episodes, []
     for name, count, rho in (("main", E + H, config.correlation), ("decorrelated", H, 0.0)):
         if not (folder / name / "length.npy").exists():
@@ -757,8 +666,7 @@ def record(config, folder):
         for count in pool.map(record_episode, jobs):
             bar.update(count)
             frames += count
-    return frames, backend
-
+    return frames
 
 class Windows:
     """Index arithmetic for training windows: every (e, t) whose episode goes on to t + 1.
@@ -807,7 +715,6 @@ class Windows:
         """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
         return self.video.actions[self.e[windows], self.t[windows]]
 
-
 def to_float(frames: torch.Tensor) -> torch.Tensor:
     """(B, n, H, W, C) u8 -> (B, n C, H, W) in [-0.5, 0.5], channels last in memory."""
     stacked = frames.permute(0, 1, 4, 2, 3).flatten(1, 2)
@@ -815,8 +722,120 @@ def to_float(frames: torch.Tensor) -> torch.Tensor:
 
 
 # ==== 7. Masks ====================================================================================
-# In: agent masks. Out: worse ones, to see how good they must be, and how good they are. The
-# simulator's masks were drawn along with the frames and stand in video.masks already.
+# In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
+# --masks sam the segmentation model SAM (arXiv 2304.02643) finds the agent on a few keyframes and a
+# small student learns from those to mask every frame; with --masks student the simulator does SAM's
+# part. Flags make masks worse, to see how good they must be.
+def sam_path(model: str, file: str = "") -> Path:
+    """Where the checkpoint of a SAM is: `file`, or its place in torch's hub cache."""
+    return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
+
+def load_sam(model: str, file: str, device):
+    """The official SamPredictor of vit_b, vit_l or vit_h.
+
+    Without `file` the official checkpoint is downloaded once, its hash checked on the way.
+    UserError if that fails, or if the file is no checkpoint of this model.
+    """
+    from segment_anything import SamPredictor, sam_model_registry  # slow to import, rarely needed
+    path = sam_path(model, file)
+    try:
+        if not file and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(SAM_URL + path.name, str(path), path.stem[-6:])
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{SAM_URL}{path.name} cannot be downloaded ({first_line(error)}); "
+                        "pass its file as --sam-checkpoint, or --masks simulator") from error
+    try:
+        return SamPredictor(sam_model_registry[model](checkpoint=str(path)).to(device))
+    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, TypeError, KeyError,
+            pickle.UnpicklingError) as error:
+        raise UserError(f"--sam-checkpoint {path} is no checkpoint of {model} "
+                        f"({first_line(error)})") from error
+
+@torch.no_grad()
+def segment(predictor, frames: np.ndarray, prompt=(), checkpoint=None):
+    """SAM's candidates for frames (n, H, W, 3) u8: masks (n, 3, H, W) bool, its own IoUs (n, 3).
+
+    prompt: as --prompt has it; without one, a box and a point where a camera that follows the agent
+    shows it. On a GPU embeddings are computed in batches; `checkpoint` keeps what is done.
+    """
+    points = np.array([[abs(float(x)) for x in point.split(",")] for point in prompt])
+    labels, box = np.array([not point.startswith("-") for point in prompt], int), None
+    if not prompt:
+        points, labels = np.array([[0.5, 0.42]]) * frames.shape[1], np.ones(1, int)
+        box = np.array([0.05, 0.1, 0.95, 0.9]) * frames.shape[1]
+    masks, scores = load_torch(checkpoint) if checkpoint and checkpoint.exists() else ([], [])
+    device = predictor.device
+    batch = 1 if device.type == "cpu" else 16
+    for start in tqdm(range(len(masks), len(frames), batch), "SAM", leave=False):
+        part = [predictor.transform.apply_image(f) for f in frames[start:start + batch]]
+        pixels = torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device)
+        with autocast(device):
+            predictor.set_torch_image(pixels, frames.shape[1:3])
+        for embedding in predictor.features.float().split(1):
+            predictor.features = embedding
+            mask, score, _ = predictor.predict(points, labels, box)
+            masks.append(torch.from_numpy(mask))
+            scores.append(torch.from_numpy(score))
+        if checkpoint:
+            save_torch(checkpoint, (masks, scores))
+    return torch.stack(masks).numpy(), torch.stack(scores).numpy()
+
+def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Which of SAM's candidates (n, 3, H, W) bool is the agent, for each keyframe -> (n,).
+
+    The camera follows the agent, so right masks resemble each other. A candidate scores SAM's
+    predicted IoU (n, 3), plus one if its area is plausible (0.5 to 40 % of the frame), plus how
+    well it agrees with where the masks chosen so far lie on average, and with their median area.
+    """
+    each, area = np.arange(len(candidates)), candidates.mean((2, 3))
+    alone = predicted + ((area > 0.005) & (area < 0.4))
+    chosen = alone.argmax(1)
+    for _ in range(5):
+        average, typical = candidates[each, chosen].mean(0), np.median(area[each, chosen])
+        overlap = (candidates * average).sum((2, 3)) / np.maximum(candidates, average).sum((2, 3))
+        likeness = np.minimum(area, typical) / np.maximum(np.maximum(area, typical), 1e-9)
+        chosen = (alone + overlap + likeness).argmax(1)
+    return chosen
+
+def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
+    """Distil keyframes (n, H, W, 3) u8 and their masks (n, H, W) u8 into a small network.
+
+    Samples are mirrored, shifted by up to an eighth of the frame and stretched in colour, so that
+    a few dozen keyframes are enough.
+    """
+    torch.manual_seed(config.seed + 3)
+    student = Student().to(device, memory_format=torch.channels_last)
+    frames = np.concatenate([frames, masks[..., None]], -1)
+    inputs = to_float(torch.from_numpy(frames)[:, None]).to(device)  # (n, 4, H, W)
+
+    def loss(step):
+        rng = random(config.seed, "student", step)
+        batch = inputs[rng.integers(len(inputs), size=32)]
+        reach = batch.shape[-1] // 8
+        batch = batch.roll(rng.integers(-reach, reach + 1, 2).tolist(), (2, 3))
+        batch = batch.flip(3) if step % 2 else batch
+        stretch = rng.uniform((0.7, -0.1), (1.3, 0.1), (32, 3, 1, 1, 2)).astype(np.float32)
+        gain, shift = torch.from_numpy(stretch).to(device).unbind(-1)
+        with autocast(device):
+            logits = student(batch[:, :3] * gain + shift)
+        found, true = logits.float().sigmoid(), batch[:, 3:] + 0.5
+        return 1 - (found * true).sum() / (found + true - found * true).sum()  # 1 - soft IoU
+
+    train([student], loss, config.student_updates, 3e-3, "student")
+    return student.eval()
+
+@torch.no_grad()
+def student_masks(student, frames: np.ndarray) -> np.ndarray:
+    """The student's soft masks (n, H, W) u8 of frames (n, H, W, 3) u8."""
+    device, masks = next(student.parameters()).device, []
+    for start in tqdm(range(0, len(frames), 128), "masks", leave=False, disable=len(frames) < 999):
+        part = torch.from_numpy(frames[start:start + 128, None].copy())
+        with autocast(device):
+            logits = student(to_float(part.to(device)))
+        masks.append((255 * logits.float().sigmoid()).round().byte()[:, 0].cpu().numpy())
+    return np.concatenate(masks)
+
 def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
     """Masks (n, H, W) u8 made worse as --erode, --dilate, --shift and --occlude say, in this order.
 
@@ -834,7 +853,6 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
             i, (h, w) = rng.integers(len(y)), rng.integers(1, mask.shape[0] // 8 + 1, 2)
             mask[max(y[i] - h, 0):y[i] + h, max(x[i] - w, 0):x[i] + w] = 0
     return worse
-
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
@@ -856,7 +874,6 @@ class ResidualBlock(nn.Module):
     def forward(self, x):
         return x + self.second(F.relu(self.first(F.relu(x))))
 
-
 def encoder(channels, patch, widths, blocks):
     """(B, channels, H, W) -> (B, widths[-1], h, w) with H / h = `encoder_stride`.
 
@@ -873,10 +890,8 @@ def encoder(channels, patch, widths, blocks):
         channels = width
     return nn.Sequential(*layers, nn.ReLU())
 
-
 def encoder_stride(patch, widths):
     return patch * 2 ** (len(widths) - 1) if patch > 1 else 2 ** len(widths)
-
 
 def decoder(patch, widths, blocks):
     """The mirror image of `encoder`: (B, widths[-1], h, w) -> (B, 3, H, W)."""
@@ -892,7 +907,6 @@ def decoder(patch, widths, blocks):
         layers += [nn.ReLU(), nn.Conv2d(widths[0], 3, 3, padding=1)]
     return nn.Sequential(*layers)
 
-
 class FrameEncoder(nn.Module):
     """`frames` stacked frames -> a vector: the IDM (6 -> Z), the policy (3 -> Z or A)."""
 
@@ -907,7 +921,6 @@ class FrameEncoder(nn.Module):
 
     def forward(self, *stacks):
         return self.head(self.encoder(torch.cat(stacks, 1)).flatten(1))  # (B, outputs)
-
 
 class FDM(nn.Module):
     """Three frames (B, 3 C, H, W) and a latent action (B, Z) -> the next frame (B, 3, H, W).
@@ -934,6 +947,26 @@ class FDM(nn.Module):
         merged = self.merge(torch.cat(parts, 1))  # (B, 2 or 3 width, h, w) -> (B, width, h, w)
         return torch.tanh(self.decoder(merged)) / 2
 
+class Student(nn.Module):
+    """A small U-Net that segments the agent: (B, 3, H, W) -> logits (B, 1, H, W)."""
+
+    def __init__(self, widths=(16, 32, 64, 64)):
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1)
+                                  for i, o in zip((12, *widths), widths))
+        self.up = nn.ModuleList(nn.Conv2d(i + o, o, 3, padding=1)
+                                for i, o in zip(widths[:0:-1], widths[-2::-1]))
+        self.head = nn.Conv2d(widths[0], 4, 1)
+
+    def forward(self, x):
+        x, seen = F.pixel_unshuffle(x, 2), []  # (B, 12, H / 2, W / 2)
+        for conv in self.down:
+            x = F.relu(conv(F.max_pool2d(x, 2) if seen else x))
+            seen.append(x)
+        for conv, skip in zip(self.up, seen[-2::-1]):
+            x = F.relu(conv(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1)))
+        return F.pixel_shuffle(self.head(x), 2)
+
 
 # ==== 9. Latent action models =====================================================================
 # In: windows of a Video. Out: an IDM whose latent actions explain what the masked loss asks for,
@@ -951,13 +984,11 @@ def masked_mse(prediction, target, mask, background_weight=0.0):
     error = weight * (prediction - target) ** 2  # (B, C, H, W)
     return error.sum() / (prediction.shape[1] * weight.sum())
 
-
 def autocast(device):
     """bfloat16 where the device multiplies it natively; float32 elsewhere."""
     cpu = torch.cpu.get_capabilities() if str(device) == "cpu" else {}
     native = str(device) != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bool(native))
-
 
 def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None):
     """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
@@ -999,14 +1030,12 @@ def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None
             saved_at = time.monotonic()
     return history
 
-
 def make_lam(config, seed):
     """A fresh IDM and FDM with the weights that `seed` gives them."""
     torch.manual_seed(seed)
     layout = dict(memory_format=torch.channels_last)
     idm, fdm = FrameEncoder(config, 6, config.latent_dim), FDM(config)
     return idm.to(**layout), fdm.to(**layout)
-
 
 def train_lam(config, windows: Windows, background_weight, text="lam", report=None,
               checkpoint=None):
@@ -1026,6 +1055,18 @@ def train_lam(config, windows: Windows, background_weight, text="lam", report=No
                     report and (lambda step: report(idm)))
     return idm.eval(), fdm.eval(), history
 
+def regress(config, modules, predict, targets, chosen, updates, lr, text, checkpoint=None):
+    """Fit predict(batch (B,)) to targets[batch] by squared error; batches come from `chosen`."""
+    targets = torch.from_numpy(targets).to(next(modules[0].parameters()).device)
+
+    def loss(step):
+        rng = random(config.seed, "regress", step)
+        batch = chosen[rng.integers(len(chosen), size=config.batch_size)]
+        with autocast(targets.device):
+            prediction = predict(batch)
+        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
+
+    train(modules, loss, updates, lr, text, checkpoint)
 
 def train_supervised_idm(config, windows: Windows, checkpoint=None):
     """The IDM's network on true actions, k = 1: what no latent action model can beat by much.
@@ -1033,23 +1074,12 @@ def train_supervised_idm(config, windows: Windows, checkpoint=None):
     Actions are a linear map of its Z outputs, which the probe can so read like any latent.
     """
     idm = make_lam(config, config.seed)[0].to(windows.device)
-    head = nn.Linear(config.latent_dim, windows.video.actions.shape[-1]).to(windows.device)
-
-    def loss(step):
-        rng = random(config.seed, "lam", step)
-        chosen = rng.integers(len(windows), size=config.batch_size)
-        before, after, _, _ = windows.batch(chosen)
-        with autocast(windows.device):
-            predicted = head(idm(before, after))
-        return F.mse_loss(predicted.float(), action_tensor(windows, chosen))
-
-    train([idm, head], loss, config.lam_updates, config.lam_lr, "supervised-idm", checkpoint)
+    everything = np.arange(len(windows))
+    actions = windows.actions(everything)
+    head = nn.Linear(config.latent_dim, actions.shape[1]).to(windows.device)
+    regress(config, [idm, head], lambda chosen: head(idm(*windows.batch(chosen)[:2])), actions,
+            everything, config.lam_updates, config.lam_lr, "supervised-idm", checkpoint)
     return idm.eval()
-
-
-def action_tensor(windows, chosen):
-    return torch.from_numpy(windows.actions(chosen)).to(windows.device)
-
 
 @torch.no_grad()
 def latents(idm, windows: Windows, chosen=None) -> np.ndarray:
@@ -1074,17 +1104,14 @@ def ridge(inputs, targets, penalty=1e-4):
     weights = np.linalg.solve(gram, X.T @ (targets - offset))
     return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + offset
 
-
 def nmse(prediction, target) -> np.ndarray:
     """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
     return ((prediction - target) ** 2).mean(0) / target.var(0)
-
 
 def r2(prediction, target) -> float:
     """1 - NMSE, averaged over the dimensions that vary at all; 0 where none does."""
     moves = target.var(0) > 1e-12
     return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
-
 
 def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) -> dict:
     """Linear probe of encode(windows) -> (n, Z), fitted on `training`, read on unseen episodes.
@@ -1112,11 +1139,6 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) ->
 # ==== 11. Latent policy ===========================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions from frames alone, then decode the cloned latents to actions with a few labels.
-def labelled_windows(windows: Windows, labels: int) -> np.ndarray:
-    """The first `labels` windows: whole episodes, the last one cut short where it must be."""
-    return np.arange(min(labels, len(windows)))
-
-
 def clone(config, windows: Windows, targets: np.ndarray, text, chosen, checkpoint=None):
     """Behaviour cloning from frames: regress targets (len(windows), Z or A) on the stack before.
 
@@ -1125,22 +1147,12 @@ def clone(config, windows: Windows, targets: np.ndarray, text, chosen, checkpoin
     torch.manual_seed(config.seed + 1)
     policy = FrameEncoder(config, 3, targets.shape[1]).to(windows.device)
     policy.to(memory_format=torch.channels_last)
-    targets = torch.from_numpy(targets).to(windows.device)
-
-    def loss(step):
-        batch = chosen[random(config.seed, "clone", step).integers(len(chosen),
-                                                                 size=config.batch_size)]
-        with autocast(windows.device):
-            prediction = policy(windows.before(batch))
-        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
-
-    train([policy], loss, config.policy_updates, config.policy_lr, text, checkpoint)
+    regress(config, [policy], lambda batch: policy(windows.before(batch)), targets, chosen,
+            config.policy_updates, config.policy_lr, text, checkpoint)
     return policy.eval()
-
 
 def make_decoder(latent_dim, action_dim):
     return nn.Sequential(nn.Linear(latent_dim, 256), nn.ReLU(), nn.Linear(256, action_dim))
-
 
 def train_decoder(config, policy, windows: Windows, chosen):
     """MLP from the policy's latents to actions on the labelled windows; -> the MLP."""
@@ -1148,14 +1160,10 @@ def train_decoder(config, policy, windows: Windows, chosen):
     with torch.no_grad():
         z = torch.cat([policy(windows.before(part))
                        for part in np.split(chosen, range(512, len(chosen), 512))])
-    actions = action_tensor(windows, chosen)
+    actions = windows.actions(chosen)
     mlp = make_decoder(z.shape[1], actions.shape[1]).to(windows.device)
-
-    def loss(step):
-        batch = random(config.seed, "decode", step).integers(len(chosen), size=128)
-        return F.mse_loss(mlp(z[batch]), actions[batch])
-
-    train([mlp], loss, config.decoder_updates, 1e-3, "decoder")
+    regress(config, [mlp], lambda batch: mlp(z[torch.from_numpy(batch)]), actions,
+            np.arange(len(chosen)), config.decoder_updates, 1e-3, "decoder")
     return mlp.eval()
 
 
@@ -1164,56 +1172,55 @@ def train_decoder(config, policy, windows: Windows, chosen):
 # probed on. Episodes of one job step together, so that the policy sees batches.
 @torch.no_grad()
 def rollout(job):
-    """Episodes of (config, pickled policy, seeds) -> (returns (n,), film of the first episode).
+    """Episodes of (config, pickled (policy, student or None), seeds) -> (returns (n,), film).
 
-    The policy maps (n, 3 C, H, W) to actions (n, A). film: (t, H, W, 3) u8, t <= 200.
+    The policy maps (n, 3 C, H, W) to actions (n, A); the student masks what it sees, instead of the
+    simulator. film: (t, H, W, 3) u8 of the first episode, t <= 200.
     """
     config, pickled, seeds = job
-    policy, factor = pickle.loads(pickled), config.frame_size // config.image_size
+    (policy, student), factor = pickle.loads(pickled), config.frame_size // config.image_size
     envs, rng = [make_env(config) for _ in seeds], random(seeds[0], "degrade")
 
-    def seen(frame, info):  # -> (H, W, C)
+    def seen(frames, masks):  # -> (n, H, W, C)
+        frames = np.stack(frames)
         if not config.mask_input:
-            return frame
-        return np.dstack([frame, degrade(config, info["mask"][None], rng)[0]])
+            return frames
+        masks = student_masks(student, frames) if student else np.stack(masks)
+        return np.concatenate([frames, degrade(config, masks, rng)[..., None]], -1)
 
-    newest = np.stack([seen(*env.reset(seed=seed)) for env, seed in zip(envs, seeds)])
-    stack = [box_average(newest, factor)] * 3  # before the first frame, the first frame
+    frames, infos = zip(*(env.reset(seed=seed) for env, seed in zip(envs, seeds)))
+    frames, masks = list(frames), [info["mask"] for info in infos]
+    stack = [box_average(seen(frames, masks), factor)] * 3  # the first frame, repeated
     returns, alive, film = np.zeros(len(envs)), np.ones(len(envs), bool), []
     for _ in range(config.eval_steps):
         actions = policy(to_float(torch.from_numpy(np.stack(stack, 1)))).numpy()
         if len(film) < 200 and alive[0]:
-            film.append(newest[0, ..., :3].copy())
+            film.append(frames[0])
         for i in np.flatnonzero(alive):
-            frame, reward, terminated, _, info = envs[i].step(actions[i])
-            newest[i] = seen(frame, info)
+            frames[i], reward, terminated, _, info = envs[i].step(actions[i])
+            masks[i] = info["mask"]
             returns[i] += reward
             alive[i] = not terminated
         if not alive.any():
             break
-        stack = stack[1:] + [box_average(newest, factor)]
-    for env in envs:
-        env.close()
+        stack = stack[1:] + [box_average(seen(frames, masks), factor)]
     return returns, np.stack(film)
 
-
-def evaluate(config, policy: nn.Module, text):
+def evaluate(config, policy: nn.Module, text, student=None):
     """Returns (eval_episodes,) of a pixel policy, and a film of the first episode."""
-    pickled = pickle.dumps(policy.cpu())
+    pickled = pickle.dumps((policy.cpu(), copy.deepcopy(student).cpu() if student else None))
     seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
     jobs = [(config, pickled, seeds[i:i + 5]) for i in range(0, len(seeds), 5)]
     with worker_pool() as pool:
         results = list(tqdm(pool.map(rollout, jobs), f"evaluate {text}", len(jobs), leave=False))
     return np.concatenate([returns for returns, _ in results]), results[0][1]
 
-
 def evaluate_state_policy(config, name):
     """Returns (eval_episodes,) of "expert" or "random", which read states, not pixels."""
-    task, expert = TASKS[config.task], None
-    if name == "expert":
-        expert = load_expert(task.expert, state_env(task.env_id).observation_space.shape[0])
+    task, inputs = config.task, state_env(config.task).observation_space.shape[0]
+    expert = load_expert(TASKS[task].expert, inputs) if name == "expert" else None
     seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
-    return np.array([state_rollout((task.env_id, expert, seed, config.eval_steps, 0.0, 1.0))[0]
+    return np.array([state_rollout((task, expert, seed, config.eval_steps, 0.0, 1.0))[0]
                      for seed in seeds])
 
 
@@ -1222,7 +1229,7 @@ def evaluate_state_policy(config, name):
 COLUMNS = (("probe_nmse", "NMSE"), ("probe_nmse_decorrelated", "NMSE rho=0"),
            ("leakage_r2", "leakage"), ("return_mean", "return"), ("return_std", "+-"),
            ("normalized_return", "normalised"), ("labels", "labels"))
-
+COLORS = ["tab:red", "tab:green", "tab:gray", "silver", "tab:blue"]
 
 def table(results: dict) -> str:
     """The results' methods and references as lines of text."""
@@ -1236,22 +1243,15 @@ def table(results: dict) -> str:
         lines.append(f"{name:16}" + " " * 36 + f"{results[name + '_return']:>12.0f}")
     return "\n".join(lines)
 
+def plot_summary(results, histories, predictions, path):
+    """Bars of NMSE and return, the LAMs' training, and what each FDM predicted.
 
-def save_figure(figure, path):
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
-
-
-def plot_summary(results, predictions, path):
-    """Bars of NMSE and return, NMSE per action dimension, and what each FDM predicted.
-
-    predictions: {method: (true, predicted, mask)}, each (H, W, 3) or (H, W) u8.
+    histories: {method: [(step, loss, held-out NMSE)]}. predictions: {method: (true, predicted,
+    mask)}, each (H, W, 3) or (H, W) u8.
     """
-    methods = [m for m in results["methods"] if m in predictions]
-    figure = Figure(figsize=(12, 3.2 + 2.1 * len(methods)))
-    grid = figure.add_gridspec(1 + len(methods), 12, height_ratios=[1.5] + [1] * len(methods),
-                               hspace=0.45, wspace=2)
-    axes = [figure.add_subplot(grid[0, i:i + 4]) for i in (0, 4, 8)]
+    figure = Figure(figsize=(14, 3.2 + 2.4 * len(histories)))
+    top, below = figure.subfigures(2, 1, height_ratios=[3.2, 2.4 * len(histories)])
+    axes = top.subplots(1, 4)
     for ax, key, title in ((axes[0], "probe_nmse", "probe NMSE of the action (lower is better)"),
                            (axes[1], "return_mean", "return (higher is better)")):
         rows = {n: r for n, r in results["methods"].items() if key in r}
@@ -1259,41 +1259,46 @@ def plot_summary(results, predictions, path):
         ax.bar(list(rows), [r[key] for r in rows.values()], yerr=errors, color=COLORS, capsize=3)
         ax.set_title(title, fontsize=9)
         ax.tick_params(axis="x", labelrotation=25, labelsize=8)
-    for i, name in enumerate(methods):
-        values = results["methods"][name]["probe_nmse_per_dimension"]
-        width = 0.8 / len(methods)
-        axes[2].bar(np.arange(len(values)) + i * width, values, width, label=name, color=COLORS[i])
+    grid = below.subplots(len(histories), 4, squeeze=False)
+    for (name, history), row, color in zip(histories.items(), grid, COLORS):
+        steps, losses, nmses = zip(*history)
+        axes[2].plot(steps, np.array(losses) / losses[0], "o-", color=color, label=name)
+        axes[3].plot(steps, nmses, "o-", color=color, label=name)
         true, predicted, mask = predictions[name]
         error = np.abs(true.astype(int) - predicted).mean(-1)
-        pictures = ((true, "next frame"), (predicted, f"{name}: prediction"),
-                    (error, "absolute error"), (mask, "mask"))
-        for column, (picture, title) in enumerate(pictures):
-            ax = figure.add_subplot(grid[1 + i, 3 * column:3 * column + 3])
-            ax.imshow(picture, cmap="gray", vmin=0, vmax=128 if title == "absolute error" else 255)
+        for ax, picture, title in zip(row, (true, predicted, 2 * error, mask), (
+                "next frame", f"{name}: prediction", "absolute error, doubled", "mask")):
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
             ax.set_title(title, fontsize=9)
             ax.axis("off")
-    axes[2].set_title("probe NMSE per action dimension", fontsize=9)
-    axes[2].set_ylim(0, 1.3)  # room for the legend
-    axes[2].legend(fontsize=8, ncols=len(methods))
-    save_figure(figure, path)
+    axes[2].set_yscale("log")
+    axes[2].set_title("training loss over steps, relative to the first", fontsize=9)
+    axes[3].set_ylim(0, 1.1)
+    axes[3].set_title("held-out probe NMSE over steps", fontsize=9)
+    axes[3].legend(fontsize=8)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
 
-
-COLORS = ["tab:red", "tab:green", "tab:gray", "silver", "tab:blue"]
-
-
-def plot_training(histories, path):
-    """Loss and held-out probe NMSE over optimiser steps: {method: [(step, loss, nmse)]}."""
-    figure = Figure(figsize=(9, 3))
-    left, right = figure.subplots(1, 2)
-    for (name, history), color in zip(histories.items(), COLORS):
-        steps, losses, nmses = zip(*history)
-        left.plot(steps, np.array(losses) / losses[0], "o-", color=color, label=name)
-        right.plot(steps, nmses, "o-", color=color, label=name)
-    left.set(xlabel="optimiser steps", title="training loss, relative to the first", yscale="log")
-    right.set(xlabel="optimiser steps", title="held-out probe NMSE", ylim=(0, 1.05))
-    left.legend()
-    save_figure(figure, path)
-
+def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
+    """Keyframes with the best, median and worst label; the agent's area in held-out episodes."""
+    order = np.argsort([-mask_iou(a, b) for a, b in zip(labels, truth)])
+    figure = Figure(figsize=(11, 5))
+    left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
+    pictures = {"frame": frames, "label": labels, "student": students, "simulator": truth}
+    ranks = zip(("best", "median", "worst"), order[[0, len(order) // 2, -1]])
+    for row, (rank, i) in zip(left.subplots(3, 4), ranks):
+        for ax, (title, images) in zip(row, pictures.items()):
+            ax.imshow(images[i], cmap="gray", vmin=0, vmax=255)
+            ax.set(xticks=[], yticks=[], ylabel=rank if title == "frame" else "")
+            iou = f" {mask_iou(images[i], truth[i]):.2f}" if title in ("label", "student") else ""
+            ax.set_title(title + iou, fontsize=8)
+    ax = right.subplots()
+    for name, masks in (("student", heldout), ("simulator", heldout_truth)):
+        ax.plot(masks.mean((0, 2, 3)) / 255, label=name)
+    ax.set(xlabel="step", title="agent, fraction of held-out frames", ylim=(0, None))
+    ax.legend()
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
 
 def save_animation(films, path, scale=3):
     """Side-by-side GIF of {title: (t, H, W, 3) u8}, 20 frames a second."""
@@ -1312,25 +1317,24 @@ def save_animation(films, path, scale=3):
 # ==== 14. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. Stages are cached under a key made of the config fields
 # they depend on, written whole or not at all, and taken up again where a killed run stopped.
-FORMAT = "masklam-2"
+FORMAT = "masklam-3"
 RECORDING = ("task", "seed", "distractor", "correlation", "episodes", "heldout_episodes", "steps",
-             "action_noise", "frame_size", "renderer")
+             "action_noise", "frame_size")
 MASKS = ("erode", "dilate", "shift", "occlude")
+SEGMENTER = ("masks", "sam_model", "sam_checkpoint", "prompt", "keyframes", "student_updates")
 NETWORK = ("image_size", "patch", "idm_widths", "blocks", "hidden", "batch_size", "mask_input")
 MODEL = NETWORK + ("latent_dim", "offset", "fdm_widths", "gate", "lam_updates", "lam_lr")
 POLICY = NETWORK + ("policy_updates", "policy_lr")
 DECODER = ("labels", "decoder_updates")
 EVALUATION = ("eval_episodes", "eval_steps")
 REFERENCES = ("oracle", "labels-only")  # cloned from true actions: all of them, the labelled ones
-STAGES = ("record", "lam", "probe", "policy", "evaluate", "report")
-
+STAGES = ("record", "mask", "lam", "probe", "policy", "evaluate", "report")
 
 def cache_key(config, names, *extra) -> str:
     """Twelve hex digits that change when one of the named fields (or an extra) does."""
     chosen = {name: getattr(config, name) for name in names}
     text = json.dumps([FORMAT, TASKS[config.task].expert, chosen, extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
 
 @contextlib.contextmanager
 def written_whole(path):
@@ -1344,11 +1348,9 @@ def written_whole(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save_torch(path, payload):
     with written_whole(path) as temporary:
         torch.save({"format": FORMAT, "payload": payload}, temporary)
-
 
 def load_torch(path):
     """What save_torch wrote; UserError for a damaged or foreign file."""
@@ -1361,11 +1363,9 @@ def load_torch(path):
         raise UserError(f"{path} is damaged or foreign ({first_line(error)}); delete it, or pass "
                         "--fresh to compute it again") from error
 
-
 def save_json(path, value):
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
-
 
 class Run:
     """One seed's folder: its cache, its clock and its results."""
@@ -1398,38 +1398,80 @@ class Run:
         return payload
 
     @functools.cached_property
-    def windows(self):
-        """Training, held-out and decorrelated video as Windows; records it where need be."""
-        key = cache_key(self.config, RECORDING)
-        folder = self.cache / f"video-{key}"
+    def videos(self):
+        """{"training", "heldout", "decorrelated": Video}; records them where need be."""
+        folder = self.cache / f"video-{cache_key(self.config, RECORDING)}"
         if self.fresh:
             shutil.rmtree(folder, ignore_errors=True)
 
         def compute(_):
             start = time.monotonic()
-            frames, backend = record(self.config, folder)
+            frames = record(self.config, folder)
             print(f"recorded {frames} frames, {frames / (time.monotonic() - start):.0f} a second")
-            return backend
 
-        self.renderer = self.cached("record", "video", key, compute)
+        self.cached("record", "video", folder.name[6:], compute)
         main, decorrelated = (Video.open(folder / name) for name in ("main", "decorrelated"))
-        E, windows, self.mask_iou = self.config.episodes, [], {}
-        for name, part in (("training", main.select(slice(0, E))),
-                           ("heldout", main.select(slice(E, None))),
-                           ("decorrelated", decorrelated)):
+        E = self.config.episodes
+        return dict(training=main.select(slice(0, E)), heldout=main.select(slice(E, None)),
+                    decorrelated=decorrelated)
+
+    @functools.cached_property
+    def segmented(self):
+        """-> (student, {video's name: masks}, IoUs), or (None, {}, {}) for simulator masks."""
+        config, student = self.config, Student()
+        if config.masks == "simulator":
+            return None, {}, {}
+
+        def compute(partial):
+            training = self.videos["training"]
+            e, t = np.nonzero(np.arange(config.steps) < training.length[:, None])
+            spread = np.linspace(0, len(e) - 1, config.keyframes).astype(int)
+            e, t = e[spread], t[spread]
+            frames, truth = training.frames[e, t], training.masks[e, t]
+            labels = truth
+            if config.masks == "sam":
+                predictor = load_sam(config.sam_model, config.sam_checkpoint, self.device)
+                if self.device.type == "cpu":  # 14 s each were measured on two cores
+                    print(f"{len(frames)} keyframes: vit_b takes ~{len(frames) * 14 // 60} minutes")
+                found, scores = segment(predictor, frames, config.prompt, partial)
+                labels = np.uint8(255) * found[np.arange(len(found)), choose_masks(found, scores)]
+            student = train_student(config, frames, labels, self.device)
+            masks, iou = {}, {"keyframes": mask_iou(labels, truth)}
+            for name, video in self.videos.items():
+                flat = video.frames.reshape(-1, *video.frames.shape[2:])
+                masks[name] = student_masks(student, flat).reshape(video.masks.shape)
+                valid = np.arange(config.steps) < video.length[:, None]
+                iou[name] = mask_iou(masks[name][valid], video.masks[valid])
+            plot_masks(frames, labels, student_masks(student, frames), truth, masks["heldout"],
+                       self.videos["heldout"].masks, self.folder / "masks.png")
+            return student.state_dict(), {k: torch.from_numpy(m) for k, m in masks.items()}, iou
+
+        key = cache_key(config, RECORDING + SEGMENTER)
+        state, masks, iou = self.cached("mask", config.masks, key, compute)
+        student.load_state_dict(state)
+        return student.to(self.device).eval(), {k: m.numpy() for k, m in masks.items()}, iou
+
+    @functools.cached_property
+    def windows(self):
+        """Training, held-out and decorrelated video, with the masks that are asked for."""
+        windows, (_, masks, self.mask_iou) = [], self.segmented
+        for name, video in self.videos.items():
+            found = masks.get(name, video.masks)
             if any(getattr(self.config, flag) for flag in MASKS):
-                worse = np.stack([degrade(self.config, masks, random(self.config.seed, name, i))
-                                  for i, masks in enumerate(part.masks)])
-                self.mask_iou[name] = mask_iou(part.masks, worse)
-                part = replace(part, masks=worse)
-            windows.append(Windows(part.shrink(self.config.image_size), self.device,
-                                   self.config.mask_input))
+                found = np.stack([degrade(self.config, episode, random(self.config.seed, name, i))
+                                  for i, episode in enumerate(found)])
+                self.mask_iou[name] = mask_iou(video.masks, found)
+            video = replace(video, masks=found).shrink(self.config.image_size)
+            windows.append(Windows(video, self.device, self.config.mask_input))
+        if self.mask_iou:
+            print("mask IoU:", *(f"{k} {v:.3f}" for k, v in self.mask_iou.items()))
         return windows
 
     def mask_fields(self, method=None):
         """The config's mask fields if they matter to a method or reference, as lapo's do not."""
         weighted = method in METHODS and self.background_weight(method) != 1
-        return MASKS if weighted or self.config.mask_input else ()
+        segmenter = SEGMENTER if self.config.masks != "simulator" else ()
+        return MASKS + segmenter if weighted or self.config.mask_input else ()
 
     def lam_key(self, method):
         return cache_key(self.config, RECORDING + MODEL + self.mask_fields(method), method,
@@ -1478,7 +1520,7 @@ class Run:
         """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
         config, training = self.config, self.windows[0]
         everything, A = np.arange(len(training)), training.video.actions.shape[-1]
-        labelled = everything if name == "oracle" else labelled_windows(training, config.labels)
+        labelled = everything if name == "oracle" else everything[:config.labels]
         direct = name in REFERENCES  # cloned from actions, with no latent action in between
         if direct:
             key = cache_key(config, RECORDING + POLICY + self.mask_fields(), name, len(labelled))
@@ -1510,7 +1552,8 @@ class Run:
         else:
             policy, policy_key, _ = self.policy(name)
             key = cache_key(self.config, EVALUATION, policy_key)
-            compute = lambda _: tuple(map(torch.from_numpy, evaluate(self.config, policy, name)))
+            compute = lambda _: tuple(map(torch.from_numpy, evaluate(
+                self.config, policy, name, self.segmented[0] if self.config.mask_input else None)))
         returns, film = self.cached("evaluate", name, key, compute)
         return returns.numpy(), None if film is None else film.numpy()
 
@@ -1522,29 +1565,27 @@ class Run:
             returns, (_, _, labels) = self.evaluate(name)[0], self.policy(name)
             rows[name] = self.probe(name).copy() if name in config.methods else {}
             rows[name] |= dict(
-                return_mean=float(returns.mean()), return_std=float(returns.std()),
-                return_n=len(returns), labels=labels,
-                normalized_return=(float(returns.mean()) - chance) / (expert - chance))
+                return_mean=float(returns.mean()), return_std=float(returns.std()), labels=labels,
+                return_n=len(returns), normalized_return=(returns.mean().item() - chance)
+                / (expert - chance))
         rows["supervised-idm"] = self.probe("supervised-idm")
         results = dict(
-            task=config.task, seed=config.seed, config=asdict(config),
+            task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
             versions={m.__name__: m.__version__ for m in (torch, mujoco, gym, np)}
-            | {"python": sys.version.split()[0]}, device=str(self.device),
-            renderer=self.renderer, mask_source="simulator", mask_iou=self.mask_iou,
+            | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.mask_iou,
             seconds={stage: round(s, 1) for stage, s in self.seconds.items()},
             expert_return=expert, random_return=chance, methods=rows)
         shown = np.array([len(self.windows[1]) // 3])  # one held-out window, the same for all
         before, after, target, mask = self.windows[1].batch(shown)
         image = lambda x: (255 * (x[0].float().cpu() + 0.5)).clamp(0, 255).byte().numpy()
-        pictures = {}
+        pictures, histories = {}, {}
         for method in config.methods:
-            idm, fdm, _ = self.lam(method)
+            idm, fdm, histories[method] = self.lam(method)
             with torch.no_grad():
                 predicted = image(fdm(before, idm(before, after)))
             pictures[method] = (image(target).transpose(1, 2, 0), predicted.transpose(1, 2, 0),
                                 image(mask - 0.5)[0])
-        plot_summary(results, pictures, self.folder / "summary.png")
-        plot_training({m: self.lam(m)[2] for m in config.methods}, self.folder / "training.png")
+        plot_summary(results, histories, pictures, self.folder / "summary.png")
         save_animation({m: self.evaluate(m)[1] for m in config.methods},
                        self.folder / "rollouts.gif")
         save_json(self.folder / "results.json", results)
@@ -1554,7 +1595,8 @@ class Run:
         """Every stage up to and including `until`; -> results.json's content if that is report."""
         methods, references = self.config.methods, REFERENCES + ("expert", "random")
         stages = dict(
-            record=lambda: self.windows,
+            record=lambda: self.videos,
+            mask=lambda: self.windows,
             lam=lambda: [self.lam(m) for m in methods + ("supervised-idm",)],
             probe=lambda: [self.probe(m) for m in methods + ("supervised-idm",)],
             policy=lambda: [self.policy(name) for name in methods + REFERENCES],
@@ -1563,7 +1605,6 @@ class Run:
         for stage in STAGES[:STAGES.index(until) + 1]:
             result = stages[stage]()
         return result if until == "report" else None
-
 
 def summarize(results: list[dict]) -> dict:
     """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
@@ -1579,11 +1620,9 @@ def summarize(results: list[dict]) -> dict:
                                       median=float(np.median(values)), interval=t95 * std / n**0.5)
     return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
 
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message)
-
 
 def parse(argv):
     """Command line -> (config, the remaining options). Presets yield to flags given by name."""
@@ -1592,7 +1631,7 @@ def parse(argv):
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
-            kind = dict(type=type(f.default[0]), nargs="+")
+            kind = dict(type=type((*f.default, "")[0]), nargs="+", action="extend")
         else:
             kind = dict(type=type(f.default))
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
@@ -1605,6 +1644,8 @@ def parse(argv):
     parser.add_argument("--fresh", action="store_true", default=False, help="ignore the cache")
     parser.add_argument("--train-expert", action="store_true", default=False,
                         help="search the task's expert and print its literal")
+    argv = "\n".join(sys.argv[1:] if argv is None else argv)  # --prompt -3,4 is no other flag
+    argv = re.sub("^--prompt\n-", "--prompt=-", argv, flags=re.MULTILINE).splitlines()
     given = vars(parser.parse_args(argv))
     names = {f.name for f in fields(Config)}
     options = argparse.Namespace(**{k: v for k, v in given.items() if k not in names})
@@ -1616,20 +1657,25 @@ def parse(argv):
         raise UserError(f"--seeds is {options.seeds}; allowed: 1 to 1000")
     return config, options
 
-
 def main(argv=None):
     """The program; returns its exit status."""
     try:
         config, options = parse(argv)
         if options.train_expert:
             task = TASKS[config.task]
-            literal, returns = train_expert(task.env_id, **task.search, seed=config.seed)
+            literal, returns = train_expert(config.task, **task.search, seed=config.seed)
             lines = [literal[i:i + 84] for i in range(0, len(literal), 84)]
             print("\n".join(f'        "{line}"' for line in lines))
             print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
             return 0
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         results = []
+        if config.masks == "auto":
+            path = sam_path(config.sam_model, config.sam_checkpoint)
+            found = bool(config.sam_checkpoint) or path.exists()
+            config = replace(config, masks="sam" if found else "simulator")
+            print(f"masks: sam, from {path}" if found else "masks: the simulator's own; for SAM's: "
+                  f"--masks sam, which downloads {path.name}, or --sam-checkpoint FILE")
         for seed in [config.seed] if options.seeds is None else range(options.seeds):
             tag = f"{config.task}-{options.preset}-{config.distractor}-{seed}"
             run = Run(replace(config, seed=seed), Path(options.out) / tag, device, options.fresh)
@@ -1637,7 +1683,7 @@ def main(argv=None):
             if result:
                 results.append(result)
                 print(table(result))
-                print("masks: simulator; files:", *sorted(str(p) for p in run.folder.glob("*.*")))
+                print(f"masks: {config.masks}; files:", *sorted(map(str, run.folder.glob("*.*"))))
         if options.seeds and results:
             path = Path(options.out) / (tag.rsplit("-", 1)[0] + "-summary.json")
             save_json(path, summarize(results))
@@ -1649,7 +1695,6 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nmasklam: stopped; the same command goes on from here", file=sys.stderr)
         return 130
-
 
 if __name__ == "__main__":
     sys.exit(main())
