@@ -338,7 +338,8 @@ class AgentRenderer:
         self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
         mujoco.mj_forward(self.model, self.data)
         self.height = self.data.subtree_com[1, 2]  # of the initial pose
-        self.reach = model.geom_rbound[model.geom_bodyid > 0, None]  # of the agent's geoms
+        middle, half = np.split(model.geom_aabb[model.geom_bodyid > 0, None], 2, axis=2)
+        self.corners = middle + half * (np.indices((2, 2, 2)).reshape(3, 8).T * 2 - 1)  # (G, 8, 3)
         self.pixel = 2 * np.tan(np.radians(model.vis.global_.fovy / 2)) / size  # at 1 m
 
     def __call__(self, qpos, view=NO_VIEW, tint=None):
@@ -353,13 +354,12 @@ class AgentRenderer:
         if tint is not None:
             self.model.geom_rgba[:, :3] = np.clip(self.colors + tint, 0, 1)
         self._place(view)
-        # The projected bounding cubes of all geoms say which pixels the agent may cover.
-        seen = (self.data.geom_xpos[self.model.geom_bodyid > 0] - self.eye) @ self.axes.T
-        corners = [(seen[:, :2] + i * self.reach) / np.maximum(seen[:, 2:] + j * self.reach, 0.1)
-                   for i in (-1, 1) for j in (-1, 1)]
-        n = self.size
-        low, high = (np.array([np.min(corners, (0, 1)), np.max(corners, (0, 1))])
-                     / self.pixel + n / 2).astype(int).clip(0, n)
+        # The projected corners of all geoms' boxes say which pixels the agent may cover.
+        agent, n = self.model.geom_bodyid > 0, self.size
+        turned = self.corners @ self.data.geom_xmat[agent].reshape(-1, 3, 3).transpose(0, 2, 1)
+        seen = (turned + self.data.geom_xpos[agent, None] - self.eye) @ self.axes.T
+        plane = seen[..., :2] / np.maximum(seen[..., 2:], 0.1) / self.pixel + n / 2
+        low, high = np.array([plane.min((0, 1)), plane.max((0, 1))]).astype(int).clip(0, n)
         y, x = np.mgrid[low[1]:high[1] + 1, low[0]:high[0] + 1].clip(0, n - 1)
         rgba, geom = np.zeros((n, n, 4)), np.full((n, n), -1)
         rgba[y, x], geom[y, x] = self._cast(x + 0.5, y + 0.5)
