@@ -594,15 +594,16 @@ def start_worker():
 @contextlib.contextmanager
 def worker_pool():
     """One process a core; what has not started when the block is left, Ctrl-C too, never will."""
-    context = multiprocessing.get_context("spawn")  # fork does not mix with OpenGL and threads
+    context = multiprocessing.get_context("spawn")  # fork does not mix with threads
     pool = futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker)
     try:
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is not theirs
+        # What starts while SIGINT is held back never gets it; this process does, a moment later.
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for _ in range(os.cpu_count()):
                 pool.submit(os.getpid)  # each starts a process
         finally:
-            signal.signal(signal.SIGINT, previous)
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -798,6 +799,14 @@ def test_damaged_and_foreign_cache_files_are_named(smoke, capsys):
     assert masklam.main(["--preset", "smoke", "--out", str(folder.parent)]) == 2
     assert str(frames.parent.parent) in capsys.readouterr().err
     frames.write_bytes(content)
+
+
+def test_an_interrupt_while_workers_start_is_not_lost(monkeypatch):
+    submit = futures.ProcessPoolExecutor.submit
+    monkeypatch.setattr(futures.ProcessPoolExecutor, "submit", lambda *args: (
+        os.kill(os.getpid(), signal.SIGINT), submit(*args))[1])
+    with pytest.raises(KeyboardInterrupt), masklam.worker_pool():
+        pytest.fail("the block was entered")
 
 
 def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
