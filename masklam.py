@@ -167,13 +167,15 @@ def check_config(config: Config):
     if config.task not in TASKS:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}")
     if config.frame_size % config.image_size:
-        raise UserError(f"--image-size {config.image_size} must divide --frame-size")
+        raise UserError(f"--image-size is {config.image_size}; allowed: what divides --frame-size "
+                        f"{config.frame_size}")
     stride = config.patch * 2 ** (len(config.idm_widths) - (config.patch > 1))
     if config.image_size % stride or len(config.idm_widths) != len(config.fdm_widths):
         raise UserError(f"--image-size {config.image_size} must be a multiple of {stride} (--patch "
                         "and one halving a stage), with as many --fdm-widths as --idm-widths")
     if config.labels > config.episodes * config.steps:
-        raise UserError(f"--labels is {config.labels}; allowed: 1 to --episodes times --steps")
+        raise UserError(f"--labels is {config.labels}; allowed: 1 to {config.episodes} episodes "
+                        f"times {config.steps} steps")
 
 def random(*purpose) -> np.random.Generator:
     """A generator for (seed, purpose, ...): the same arguments give the same numbers."""
@@ -312,8 +314,9 @@ def train_expert(task, directions, top, size, step, horizon, noise, gain, budget
 
 # ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
-# once what the distractors are composed behind and the simulator's own mask. Rays at just the
-# pixels that it may cover, four at its edges, are fast, need no OpenGL and look the same anywhere.
+# once what the distractors are composed behind and the simulator's own mask. Casting rays, only at
+# pixels that it may cover and five at its outline, is fast, needs no OpenGL and looks the same
+# anywhere.
 NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
 
 def box_average(image: np.ndarray, factor: int) -> np.ndarray:
@@ -338,9 +341,16 @@ class AgentRenderer:
         self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
         mujoco.mj_forward(self.model, self.data)
         self.height = self.data.subtree_com[1, 2]  # of the initial pose
-        middle, half = np.split(model.geom_aabb[model.geom_bodyid > 0, None], 2, axis=2)
+        self.agent = np.flatnonzero(model.geom_bodyid > 0)
+        middle, half = np.split(model.geom_aabb[self.agent, None], 2, axis=2)
         self.corners = middle + half * (np.indices((2, 2, 2)).reshape(3, 8).T * 2 - 1)  # (G, 8, 3)
         self.pixel = 2 * np.tan(np.radians(model.vis.global_.fovy / 2)) / size  # at 1 m
+        # Five rays a pixel, no two of them in a row or column; the first is in the middle.
+        inside = np.array([(0, 0), (-2, -1), (-1, 2), (1, -2), (2, 1)]) / 5
+        places = np.indices((size, size)).reshape(2, -1, 1) + 0.5 - size / 2 + inside.T[:, None]
+        rays = np.stack([*self.pixel * places[::-1], np.ones_like(places[0])], -1)
+        self.rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)  # (size^2, 5, 3)
+        self.view = None
 
     def __call__(self, qpos, view=NO_VIEW, tint=None):
         """Draw one state.
@@ -348,55 +358,55 @@ class AgentRenderer:
         qpos: (nq,) joint positions. view: see NO_VIEW. tint: (ngeom, 3) added to the colours.
         Returns rgb (size, size, 3) u8, premultiplied by alpha, and alpha (size, size) u8.
         """
+        n, colors = self.size, self.colors if tint is None else (self.colors + tint).clip(0, 1)
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_comPos(self.model, self.data)
-        if tint is not None:
-            self.model.geom_rgba[:, :3] = np.clip(self.colors + tint, 0, 1)
-        self._place(view)
-        # The projected corners of all geoms' boxes say which pixels the agent may cover.
-        agent, n = self.model.geom_bodyid > 0, self.size
-        turned = self.corners @ self.data.geom_xmat[agent].reshape(-1, 3, 3).transpose(0, 2, 1)
-        seen = (turned + self.data.geom_xpos[agent, None] - self.eye) @ self.axes.T
+        if self.view is None or (self.view != view).any():
+            self._turn(np.array(view))
+        middle = np.array([*self.data.subtree_com[1, :2], self.height])
+        self.eye = middle - self.camera[0] * view[3] * self.axes[2]
+        # The projected corners of a geom's box say which pixels it may cover.
+        turned = self.corners @ self.data.geom_xmat[self.agent].reshape(-1, 3, 3).transpose(0, 2, 1)
+        seen = (turned + self.data.geom_xpos[self.agent, None] - self.eye) @ self.axes.T
         plane = seen[..., :2] / np.maximum(seen[..., 2:], 0.1) / self.pixel + n / 2
-        low, high = np.array([plane.min((0, 1)), plane.max((0, 1))]).astype(int).clip(0, n)
-        y, x = np.mgrid[low[1]:high[1] + 1, low[0]:high[0] + 1].clip(0, n - 1)
-        rgba, geom = np.zeros((n, n, 4)), np.full((n, n), -1)
-        rgba[y, x], geom[y, x] = self._cast(x + 0.5, y + 0.5)
-        edge = np.zeros((n, n), bool)
-        for axis in (0, 1):  # a pixel unlike the one before it or after it
-            differs = np.diff(geom, axis=axis, prepend=-1) != 0
-            edge |= differs | np.roll(differs, -1, axis)
-        y, x = np.nonzero(edge)
-        around = np.array([[1, 1], [1, 3], [3, 1], [3, 3]]).T[..., None] / 4
-        rgba[y, x] = self._cast(x + around[0], y + around[1])[0].mean(0)
-        rgba = (rgba + 0.5).astype(np.uint8)
+        covered, rgba = np.zeros((n, n), bool), np.zeros((n * n, 4), np.float32)
+        boxes = np.c_[plane.min(1), plane.max(1) + 1].clip(0, n).astype(int)
+        for left, top, right, bottom in boxes.tolist():
+            covered[top:bottom, left:right] = True
+        pixels = np.flatnonzero(covered)
+        rgba[pixels] = self._cast(self.turned[pixels, 0], colors)
+        agent, outline = rgba[:, 3].reshape(n, n) > 0, np.zeros((n, n), bool)
+        for a, edge in ((agent, outline), (agent.T, outline.T)):
+            differs = a[1:] != a[:-1]
+            edge[1:] |= differs
+            edge[:-1] |= differs
+        pixels = np.flatnonzero(outline)
+        around = self._cast(self.turned[pixels, 1:].reshape(-1, 3), colors).reshape(-1, 4, 4)
+        rgba[pixels] = (rgba[pixels] + around.sum(1)) / 5
+        rgba = (rgba + 0.5).astype(np.uint8).reshape(n, n, 4)
         return rgba[..., :3], rgba[..., 3]
 
-    def _place(self, view):
-        """Put the camera where it belongs: `eye` (3,), and `axes` (3, 3): right, down, ahead."""
+    def _turn(self, view):
+        """Turn the camera: `axes` (3, 3), right, down and ahead, and `turned`, all rays."""
         degrees = (90 + view[0], self.camera[1] + view[1], view[2])
         (ca, ce, cr), (sa, se, sr) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         ahead, side = np.array([ca * ce, sa * ce, se]), np.array([sa, -ca, 0])
         up = np.array([-ca * se, -sa * se, ce])
         self.axes = np.stack([cr * side - sr * up, -cr * up - sr * side, ahead])
-        middle = np.array([*self.data.subtree_com[1, :2], self.height])
-        self.eye = middle - self.camera[0] * view[3] * ahead
+        self.view, self.turned = view, self.rays @ self.axes
 
-    def _cast(self, x, y):
-        """Colours (..., 4) from 0 to 255, lit from the camera, and geoms (...), -1 for none."""
-        plane = [self.pixel * (x - self.size / 2), self.pixel * (y - self.size / 2),
-                 np.ones(x.shape)]
-        rays = np.stack(plane, -1).reshape(-1, 3) @ self.axes
-        rays /= np.sqrt(np.einsum("ni,ni->n", rays, rays))[:, None]
+    def _cast(self, rays, colors):
+        """Rays (n, 3) from the eye -> colours (n, 4) f32 up to 255, lit from the eye."""
         n = len(rays)
         geom, distance, normal = np.zeros(n, np.int32), np.zeros(n), np.zeros((n, 3))
         mujoco.mj_multiRay(self.model, self.data, self.eye, rays.ravel(), None, False, -1, geom,
                            distance, normal.reshape(-1), n, mujoco.mjMAXVAL)
-        color = np.append(self.model.geom_rgba * 255, np.zeros((1, 4)), 0)[geom]
-        color[:, :3] *= 0.45 + 0.75 * np.abs(np.einsum("ni,ni->n", normal, rays))[:, None]
-        color[:, 3] = 255 * (geom >= 0)
-        return color.clip(0, 255).reshape(*x.shape, 4), geom.reshape(x.shape)
+        hit, rgba = np.flatnonzero(geom >= 0), np.zeros((n, 4), np.float32)
+        light = 0.45 + 0.75 * np.abs(np.einsum("ni,ni->n", normal[hit], rays[hit]))
+        rgba[hit, :3] = (255 * colors[geom[hit]] * light[:, None]).clip(0, 255)
+        rgba[hit, 3] = 255
+        return rgba
 
 
 # ==== 5. Distractors ==============================================================================
@@ -428,21 +438,26 @@ class Backdrop:
         self.position = rng.uniform(0, self.period, (D // 2, 2))
         self.horizon = self.margin + int(rng.integers(size // 3, 2 * size // 3))
         # Each texture is 8x8 random blocks, tiled twice so that any scroll is one slice.
-        blocks = rng.integers(0, self.COLORS, (self.TEXTURES, 8, 8, 3)).astype(np.uint8)
+        blocks = self._colors(self.TEXTURES, 8, 8)
         tiles = blocks.repeat(self.period // 8, axis=1).repeat(self.period // 8, axis=2)
-        self.textures = np.tile(tiles, (1, 2, 2, 1))
+        self.textures = np.tile(tiles, (1, 2, 2))
         self.sprites = [self._sprite() for _ in range(self.SPRITES)]
 
+    def _colors(self, *shape):
+        """Random colours, RGB and nothing in the four bytes of a u32: they copy as one number."""
+        rgb = np.zeros((*shape, 4), np.uint8)
+        rgb[..., :3] = self.rng.integers(0, self.COLORS, (*shape, 3))
+        return rgb.view(np.uint32)[..., 0]
+
     def _sprite(self):
-        """A disc, box or diamond, half and half -> colours (s, s, 3) u8, outline (s, s, 1) bool."""
+        """A disc, box or diamond, half and half -> colours (s, s) u32, outline (s, s) bool."""
         s = int(self.rng.integers(self.size // 3, self.margin + 1))
         y, x = np.mgrid[:s, :s] - (s - 1) / 2
         shape = self.rng.integers(3)
         reach = (np.hypot(x, y), np.maximum(abs(x), abs(y)) * 1.2, abs(x) + abs(y))[shape]
         angle = self.rng.uniform(0, np.pi)
         side = (np.cos(angle) * x + np.sin(angle) * y > 0).astype(int)
-        pair = self.rng.integers(0, self.COLORS, (2, 3))
-        return pair[side].astype(np.uint8), (reach <= s / 2)[..., None]
+        return self._colors(2)[side], reach <= s / 2
 
     def step(self, action):
         """Move everything; action: (A,) as executed, scaled to [-1, 1]."""
@@ -455,7 +470,7 @@ class Backdrop:
 
     def draw(self) -> np.ndarray:
         """-> (size, size, 3) u8."""
-        canvas = np.empty((self.period, self.period, 3), np.uint8)
+        canvas = np.empty((self.period, self.period), np.uint32)
         places = self.position.astype(int)
         bands = (slice(0, self.horizon), slice(self.horizon, self.period))
         for texture, (y, x), band in zip(self.textures, places, bands):
@@ -465,7 +480,7 @@ class Backdrop:
             h, w = spot.shape[:2]
             np.copyto(spot, colors[:h, :w], where=outline[:h, :w])
         inside = slice(self.margin, self.margin + self.size)
-        return canvas[inside, inside]
+        return canvas[inside, inside, None].view(np.uint8)[..., :3]
 
 class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
@@ -475,8 +490,8 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         arXiv 2101.02722, at `SCALE`). correlation: the Backdrop's rho.
     camera, size: see AgentRenderer.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
-        (D,) f32 velocities of the background, pixels a step (camera: degrees), "action" (A,) f32
-        as executed. reset(seed=s) seeds physics and distractors; equal seeds give equal frames.
+        (D,) f32 velocities of the background, pixels a step, "action" (A,) f32 as executed.
+        reset(seed=s) seeds physics and distractors; equal seeds give equal frames.
     """
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
@@ -573,6 +588,11 @@ class Video:
         for name, shape in shapes.items():
             path = folder / f"{name}.npy"
             np.lib.format.open_memmap(path, "w+", types.get(name, np.float32), shape).flush()
+
+    @property
+    def valid(self) -> np.ndarray:
+        """(E, T) bool: which frames were recorded, before the end of their episode."""
+        return np.arange(self.frames.shape[1]) < self.length[:, None]
 
     def select(self, episodes):
         """The same video with only these episodes, a slice."""
@@ -684,8 +704,7 @@ class Windows:
         self.masks = torch.from_numpy(np.ascontiguousarray(video.masks)).flatten(0, 1).to(device)
         if mask_input:
             self.frames = torch.cat([self.frames, self.masks[..., None]], -1)  # (N, H, W, 4)
-        steps = np.arange(self.T)
-        self.e, self.t = np.nonzero(steps[None] + 1 < video.length[:, None])
+        self.e, self.t = np.nonzero(video.valid[:, 1:])
 
     def __len__(self):
         return len(self.e)
@@ -1230,7 +1249,8 @@ def evaluate_state_policy(config, name):
 COLUMNS = (("probe_nmse", "NMSE"), ("probe_nmse_decorrelated", "NMSE rho=0"),
            ("leakage_r2", "leakage"), ("return_mean", "return"), ("return_std", "+-"),
            ("normalized_return", "normalised"), ("labels", "labels"))
-COLORS = ["tab:red", "tab:green", "tab:gray", "silver", "tab:blue"]
+COLORS = {"lapo": "tab:red", "masklam": "tab:green", "oracle": "tab:gray",
+          "labels-only": "silver", "supervised-idm": "tab:blue"}
 
 def table(results: dict) -> str:
     """The results' methods and references as lines of text."""
@@ -1257,12 +1277,13 @@ def plot_summary(results, histories, predictions, path):
                            (axes[1], "return_mean", "return (higher is better)")):
         rows = {n: r for n, r in results["methods"].items() if key in r}
         errors = [r["return_std"] for r in rows.values()] if key == "return_mean" else None
-        ax.bar(list(rows), [r[key] for r in rows.values()], yerr=errors, color=COLORS, capsize=3)
+        ax.bar(list(rows), [r[key] for r in rows.values()], yerr=errors, capsize=3,
+               color=[COLORS[name] for name in rows])
         ax.set_title(title, fontsize=9)
         ax.tick_params(axis="x", labelrotation=25, labelsize=8)
     grid = below.subplots(len(histories), 4, squeeze=False)
-    for (name, history), row, color in zip(histories.items(), grid, COLORS):
-        steps, losses, nmses = zip(*history)
+    for (name, history), row in zip(histories.items(), grid):
+        (steps, losses, nmses), color = zip(*history), COLORS[name]
         axes[2].plot(steps, np.array(losses) / losses[0], "o-", color=color, label=name)
         axes[3].plot(steps, nmses, "o-", color=color, label=name)
         true, predicted, mask = predictions[name]
@@ -1277,8 +1298,8 @@ def plot_summary(results, histories, predictions, path):
     axes[3].set_ylim(0, 1.1)
     axes[3].set_title("held-out probe NMSE over steps", fontsize=9)
     axes[3].legend(fontsize=8)
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
+    top.subplots_adjust(bottom=0.2)
+    save_figure(figure, path)
 
 def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
     """Keyframes with the best, median and worst label; the agent's area in held-out episodes."""
@@ -1298,6 +1319,9 @@ def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
         ax.plot(masks.mean((0, 2, 3)) / 255, label=name)
     ax.set(xlabel="step", title="agent, fraction of held-out frames", ylim=(0, None))
     ax.legend()
+    save_figure(figure, path)
+
+def save_figure(figure, path):
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
 
@@ -1425,7 +1449,7 @@ class Run:
 
         def compute(partial):
             training = self.videos["training"]
-            e, t = np.nonzero(np.arange(config.steps) < training.length[:, None])
+            e, t = np.nonzero(training.valid)
             spread = np.linspace(0, len(e) - 1, config.keyframes).astype(int)
             e, t = e[spread], t[spread]
             frames, truth = training.frames[e, t], training.masks[e, t]
@@ -1441,8 +1465,7 @@ class Run:
             for name, video in self.videos.items():
                 flat = video.frames.reshape(-1, *video.frames.shape[2:])
                 masks[name] = student_masks(student, flat).reshape(video.masks.shape)
-                valid = np.arange(config.steps) < video.length[:, None]
-                iou[name] = mask_iou(masks[name][valid], video.masks[valid])
+                iou[name] = mask_iou(masks[name][video.valid], video.masks[video.valid])
             plot_masks(frames, labels, student_masks(student, frames), truth, masks["heldout"],
                        self.videos["heldout"].masks, self.folder / "masks.png")
             return student.state_dict(), {k: torch.from_numpy(m) for k, m in masks.items()}, iou
@@ -1455,17 +1478,18 @@ class Run:
     @functools.cached_property
     def windows(self):
         """Training, held-out and decorrelated video, with the masks that are asked for."""
-        windows, (_, masks, self.mask_iou) = [], self.segmented
+        windows, (_, masks, iou) = [], self.segmented
         for name, video in self.videos.items():
             found = masks.get(name, video.masks)
             if any(getattr(self.config, flag) for flag in MASKS):
                 found = np.stack([degrade(self.config, episode, random(self.config.seed, name, i))
                                   for i, episode in enumerate(found)])
-                self.mask_iou[name] = mask_iou(video.masks, found)
+                iou = iou | {name: mask_iou(found[video.valid], video.masks[video.valid])}
             video = replace(video, masks=found).shrink(self.config.image_size)
             windows.append(Windows(video, self.device, self.config.mask_input))
-        if self.mask_iou:
-            print("mask IoU:", *(f"{k} {v:.3f}" for k, v in self.mask_iou.items()))
+        if iou:
+            print("mask IoU:", *(f"{k} {v:.3f}" for k, v in iou.items()))
+        self.mask_iou = iou
         return windows
 
     def mask_fields(self, method=None):

@@ -121,7 +121,7 @@ def test_renderer_agrees_with_the_simulators_segmentation(task):
     env, (distance, elevation) = masklam.state_env(task), camera_of(task)
     env.reset(seed=0)
     env.action_space.seed(0)
-    model, size = env.model, 128
+    model, size = env.model, 384
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()
     camera.distance, camera.azimuth, camera.elevation = distance, 90, elevation
     renderer = masklam.AgentRenderer(model, (distance, elevation))
@@ -131,6 +131,7 @@ def test_renderer_agrees_with_the_simulators_segmentation(task):
     except Exception as error:  # MuJoCo raises many kinds
         pytest.skip(f"no OpenGL to compare with: {error}")
     reference.enable_segmentation_rendering()
+    ious = []
     for _ in range(5):
         for _ in range(5):
             env.step(env.action_space.sample())
@@ -139,11 +140,13 @@ def test_renderer_agrees_with_the_simulators_segmentation(task):
         camera.lookat[:2] = data.subtree_com[1, :2]
         reference.update_scene(data, camera)
         inside = (reference.render()[..., 0] > 0) * np.uint8(255)
-        truth = masklam.box_average(inside[..., None], 2)[..., 0]
+        truth = masklam.box_average(inside[..., None], 6)[..., 0]
         rgb, alpha = renderer(env.data.qpos)
-        assert masklam.mask_iou(alpha, truth) >= 0.95  # of one frame; the mean is in the README
+        ious.append(masklam.mask_iou(alpha, truth))
         assert 0.01 < (alpha >= 128).mean() < 0.2
         assert (rgb[alpha == 0] == 0).all() and rgb[alpha == 255].mean() > 40
+        assert abs(alpha.mean() - truth.mean()) < 0.03 * truth.mean()  # soft alpha has no bias
+    assert np.mean(ious) >= 0.96 and min(ious) >= 0.9
 
 
 def test_rays_are_cast_wherever_the_agent_is():
@@ -153,10 +156,10 @@ def test_rays_are_cast_wherever_the_agent_is():
     renderer = masklam.AgentRenderer(env.model)
     for view in ((0, 0, 0, 1), (9, -9, 9, 0.7)):
         alpha = renderer(env.data.qpos, view)[1]
-        y, x = np.mgrid[:64, :64] + 0.5
-        everywhere = renderer._cast(x, y)[1] >= 0
-        assert masklam.mask_iou(alpha, everywhere * np.uint8(255)) > 0.9
-        assert (alpha[everywhere] > 0).all()
+        everywhere = renderer._cast(renderer.turned[:, 0], renderer.colors)
+        inside = everywhere[:, 3].reshape(64, 64) > 0
+        assert masklam.mask_iou(alpha, inside * np.uint8(255)) > 0.9
+        assert (alpha[inside] > 0).all() and (alpha[~inside] < 255).all()
 
 
 def test_the_camera_follows_the_agent_along_the_ground_but_shows_its_jumps():
@@ -695,7 +698,7 @@ def test_summary_gives_mean_deviation_and_interval():
     (["--correlation", "nan"], ["--correlation", "nan", "0 to 1"]),
     (["--lam-lr", "inf"], ["--lam-lr", "inf", "0 to 1"]),
     (["--labels", "many"], ["--labels", "many"]),
-    (["--image-size", "48"], ["--image-size", "48", "divide"]),
+    (["--image-size", "48"], ["--image-size", "48", "frame-size", "64"]),
     (["--out", "/proc/nowhere"], ["--out", "/proc/nowhere", "cannot be written"]),
 ])
 def test_bad_input_gets_one_line_and_status_two(flags, named, capsys):
@@ -750,7 +753,7 @@ def test_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(smoke)
 
 def test_masks_as_input_and_degraded_masks_leave_lapo_alone(smoke):
     folder, _, before = smoke
-    flags = ["--preset", "smoke", "--out", str(folder.parent), "--erode", "1", "--occlude", "0.2"]
+    flags = ["--preset", "smoke", "--out", str(folder.parent), "--dilate", "1", "--occlude", "0.2"]
     cached = set((folder / "cache").glob("*.pt"))
     assert masklam.main(flags) == 0
     results = json.loads((folder / "results.json").read_text())
