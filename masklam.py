@@ -65,7 +65,6 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-
 # ==== 2. Config ===================================================================================
 # Every number that shapes a run, once: its type, default, meaning and allowed range. The command
 # line is made from this class, so a new field is a new flag. Presets are plain overrides.
@@ -77,14 +76,13 @@ SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
 
 def option(default, text, low=None, high=None, choices=None):
     """A dataclass field that knows its help text and what values it allows."""
-    limits = dict(help=text, low=low, high=high, choices=choices)
-    return field(default=default, metadata=limits)
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 @dataclass(frozen=True)
 class Config:
     """All settings of a run; see `option` for what each one means."""
 
-    task: str = option("cheetah", "which agent")
+    task: str = option("cheetah", "which agent: a name, or the id of a Gymnasium environment")
     seed: int = option(0, "of everything random in the run", 0, 10**6)
     methods: tuple[str, ...] = option(("lapo", "masklam"), "what to train", choices=tuple(METHODS))
     # Recording
@@ -164,8 +162,11 @@ def check_config(config: Config):
     for point in config.prompt:
         if not re.fullmatch(r"-?\d+,\d+", point):
             raise UserError(f"--prompt is {point!r}; allowed: x,y or -x,y in pixels, like 32,28")
-    if config.task not in TASKS:
-        raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}")
+    try:
+        state_env(config.task).model
+    except (gym.error.Error, AttributeError) as error:
+        raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
+                        f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
     if config.frame_size % config.image_size:
         raise UserError(f"--image-size is {config.image_size}; allowed: what divides --frame-size "
                         f"{config.frame_size}")
@@ -182,7 +183,6 @@ def random(*purpose) -> np.random.Generator:
     return np.random.default_rng([p if isinstance(p, int) else zlib.crc32(p.encode())
                                   for p in purpose])
 
-
 # ==== 3. Tasks and experts ========================================================================
 # A task is a Gymnasium MuJoCo environment, a camera that keeps its agent large and whole, and an
 # expert to record. An expert is one small matrix, found by augmented random search (ARS V2-t,
@@ -192,16 +192,23 @@ class Task:
     """An environment, its camera, the search that found its expert, and the expert itself."""
 
     env_id: str
-    distance: float  # of the tracking camera, metres
-    elevation: float  # of the tracking camera, degrees
+    camera: tuple[float, float, float] | None  # see AgentRenderer
     noise: float  # largest action noise of a recording, of actions scaled to [-1, 1]
     search: dict  # arguments of `train_expert`
     expert: str | None  # (A, 1 + S) float16 in base 85: bias, then weights, of a linear policy
     options: dict = field(default_factory=dict)  # of gym.make
 
-TASKS = {
+class Tasks(dict):
+    """Tasks by name; any other name is taken for an environment id, with no expert yet."""
+
+    def __missing__(self, env_id):
+        search = dict(directions=16, top=8, size=0.03, step=0.02, horizon=1000, noise=0.1, gain=0.9,
+                      budget=5_000_000)
+        return Task(env_id, None, 0.1, search, None)
+
+TASKS = Tasks({
     "cheetah": Task(  # --train-expert, 9 minutes; returns 4714 on average of 100 seeds, falls in 6
-        "HalfCheetah-v5", 2.6, -8.0, 0.45,
+        "HalfCheetah-v5", (2.6, -8, 0), 0.45,
         dict(directions=32, top=8, size=0.1, step=0.02, horizon=500, noise=0.4, gain=0.8,
              budget=10_000_000),
         "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7"
@@ -209,12 +216,17 @@ TASKS = {
         "cyMWfH9Hz(ewk1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h"
         "?qfL!u2B<{*%fEGWjS"),
     "hopper": Task(  # --train-expert, 18 minutes; returns 2828 +- 22 on ten unseen seeds
-        "Hopper-v5", 2.7, -8.0, 0.1,
+        "Hopper-v5", (3, -8, 0.2), 0.1,
         dict(directions=16, top=8, size=0.03, step=0.015, horizon=1000, noise=0.15, gain=0.9,
-             shift=1, budget=8_000_000),
+             budget=8_000_000),
         "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6"
         "AcCkz?"),
-}
+    "swimmer": Task(  # --train-expert, 9 minutes; returns 358 +- 2 on ten unseen seeds
+        "Swimmer-v5", (4.4, -90, 0), 0.3,
+        dict(directions=4, top=2, size=0.03, step=0.02, horizon=1000, noise=0.2, gain=0.9,
+             budget=3_000_000),
+        "46Nuj*ejH~I4-0(2CY^stgsC!>XffH*tl4(>NZ)k3N#-s"),
+})
 
 def load_expert(text: str, inputs: int) -> np.ndarray:
     """Literal of a Task -> (A, 1 + S) f64."""
@@ -234,8 +246,8 @@ state_env = functools.cache(bare_env)  # a process needs only one of each
 def state_rollout(job) -> tuple[float, int, np.ndarray, np.ndarray]:
     """One episode of (task, expert or None for random actions, seed, steps, noise, gain).
 
-    The expert's clipped actions are multiplied by gain and disturbed by Gaussian noise. Returns
-    the return, the number of steps, and sum and sum of squares of the observations.
+    Clipped actions are multiplied by gain and disturbed by Gaussian noise. Returns the return, the
+    number of steps, and sum and sum of squares of the observations.
     """
     task, expert, seed, steps, noise, gain = job
     env, rng = state_env(task), random(seed, "rollout")
@@ -264,20 +276,22 @@ def fold_whitening(weights, mean, std):
     """Policy on (state - mean) / std -> the same policy on the state, (A, 1 + S)."""
     return np.c_[-(weights / std) @ mean, weights / std]
 
-def train_expert(task, directions, top, size, step, horizon, noise, gain, budget, shift=0, seed=0):
+def train_expert(task, directions, top, size, step, horizon, noise, gain, budget, seed=0):
     """Augmented random search for a linear policy that survives being imitated.
 
     Each iteration tries `directions` random directions, normal of scale `size`, both ways and
-    moves by `step` along the `top` best, weighted by their return differences. Observations are
-    whitened by running statistics; the step decays linearly to a fifth. Clones err a little and
-    regress to the mean, and plain ARS finds gaits that topple over that: so `size` is large, and
-    each episode is disturbed by action noise of a scale from 0 to `noise` and its actions shrunk by
-    a factor from `gain` to 1. Every 320 directions the policy is tried on ten fixed episodes, half
-    of them disturbed, and the best is kept. `shift` is subtracted from every step's reward, so that
-    standing still earns nothing. Stops after `budget` simulated steps.
+    moves by `step` (decaying to a fifth) along the `top` best, weighted by their return
+    differences. Observations are whitened by running statistics. Clones err a little and regress
+    to the mean, and plain ARS finds gaits that topple over that: so `size` is large, and an
+    episode's actions are shrunk by a factor from `gain` to 1 and disturbed by noise of a scale from
+    0 to `noise`. Every 320 directions ten fixed episodes, half of them disturbed, decide whether
+    this is the best policy so far. What a step pays for being upright is subtracted, so that
+    standing still earns nothing. Stops after `budget` steps.
     Returns the literal for TASKS, and its returns on ten seeds never used in the search.
     """
-    A, S = state_env(task).action_space.shape[0], state_env(task).observation_space.shape[0]
+    env = state_env(task)
+    A, S = env.action_space.shape[0], env.observation_space.shape[0]
+    shift = getattr(env, "_healthy_reward", 0)
     weights, mean, std = np.zeros((A, S)), np.zeros(S), np.ones(S)
     count, sums, squares, rng = 0, np.zeros(S), np.zeros(S), random(seed, "expert")
     best, best_return, iteration = None, -np.inf, 0
@@ -311,6 +325,17 @@ def train_expert(task, directions, top, size, step, horizon, noise, gain, budget
         unseen = [r[0] for r in pool.map(state_rollout, jobs)]
     return base64.b85encode(best.tobytes()).decode(), unseen
 
+def search_expert(name, seed):
+    """Train a task's expert anew and print its entry for TASKS."""
+    task, model = TASKS[name], state_env(name).model
+    camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
+    assumed = "" if name in TASKS else "  # no entry so far: camera, noise and search are assumed"
+    print(f'    "{name}": Task({assumed}\n        "{task.env_id}", {camera}, {task.noise},\n'
+          f"        {task.search},", flush=True)
+    literal, returns = train_expert(name, **task.search, seed=seed)
+    lines = "\n".join(f'        "{literal[i:i + 90]}"' for i in range(0, len(literal), 90))
+    print(f"{lines}, {task.options}),\nreturn on ten unseen seeds: {np.mean(returns):.0f} +- "
+          f"{np.std(returns):.0f}")
 
 # ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
@@ -331,20 +356,26 @@ class AgentRenderer:
 
     model: the environment's MjModel. It is copied, and drawn with an MjData of its own: live
         frames would lag a physics substep behind, and syncing the environment's data changes it.
-    camera: (distance in metres, elevation in degrees); azimuth 90. It follows the centre of mass
-        along the ground but keeps its height: with no floor in sight, a jump would be invisible.
+    camera: distance in metres, elevation in degrees, and how far above the initial centre of mass
+        it aims, in metres; None: -20 degrees and where the agent spans two thirds of the frame. It
+        follows the agent along the ground but keeps its height: with no floor in sight, jumps would
+        be invisible.
     size: height and width of the images, pixels.
     """
 
-    def __init__(self, model, camera=(2.6, -8.0), size=64):
+    def __init__(self, model, camera=None, size=64):
         self.model, self.camera, self.size = copy.copy(model), camera, size
         self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
+        view_angle = math.radians(model.vis.global_.fovy)
         mujoco.mj_forward(self.model, self.data)
-        self.height = self.data.subtree_com[1, 2]  # of the initial pose
-        self.agent = np.flatnonzero(model.geom_bodyid > 0)
+        self.agent, middle = np.flatnonzero(model.geom_bodyid > 0), self.data.subtree_com[1]
+        if camera is None:
+            reach = np.linalg.norm(self.data.geom_xpos - middle, axis=1) + model.geom_rbound
+            self.camera = (1.5 * reach[self.agent].max() / math.tan(view_angle / 2), -20, 0)
+        self.height = middle[2] + self.camera[2]
         middle, half = np.split(model.geom_aabb[self.agent, None], 2, axis=2)
         self.corners = middle + half * (np.indices((2, 2, 2)).reshape(3, 8).T * 2 - 1)  # (G, 8, 3)
-        self.pixel = 2 * np.tan(np.radians(model.vis.global_.fovy / 2)) / size  # at 1 m
+        self.pixel = 2 * math.tan(view_angle / 2) / size  # at 1 m
         # Five rays a pixel, no two of them in a row or column; the first is in the middle.
         inside = np.array([(0, 0), (-2, -1), (-1, 2), (1, -2), (2, 1)]) / 5
         places = np.indices((size, size)).reshape(2, -1, 1) + 0.5 - size / 2 + inside.T[:, None]
@@ -397,17 +428,17 @@ class AgentRenderer:
         self.view, self.turned = view, self.rays @ self.axes
 
     def _cast(self, rays, colors):
-        """Rays (n, 3) from the eye -> colours (n, 4) f32 up to 255, lit from the eye."""
+        """Rays (n, 3) from the eye -> colours (n, 4) f32 up to 255, lit from the eye and above."""
         n = len(rays)
         geom, distance, normal = np.zeros(n, np.int32), np.zeros(n), np.zeros((n, 3))
         mujoco.mj_multiRay(self.model, self.data, self.eye, rays.ravel(), None, False, -1, geom,
                            distance, normal.reshape(-1), n, mujoco.mjMAXVAL)
         hit, rgba = np.flatnonzero(geom >= 0), np.zeros((n, 4), np.float32)
-        light = 0.45 + 0.75 * np.abs(np.einsum("ni,ni->n", normal[hit], rays[hit]))
+        facing = np.abs(np.einsum("ni,ni->n", normal[hit], rays[hit]))
+        light = 0.4 + 0.4 * facing + normal[hit, 2].clip(0)
         rgba[hit, :3] = (255 * colors[geom[hit]] * light[:, None]).clip(0, 255)
         rgba[hit, 3] = 255
         return rgba
-
 
 # ==== 5. Distractors ==============================================================================
 # In: a Gymnasium MuJoCo environment. Out: the same environment with 64x64 pixel observations in
@@ -496,7 +527,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
 
-    def __init__(self, env, level="low", correlation=0.5, camera=(2.6, -8.0), size=64):
+    def __init__(self, env, level="low", correlation=0.5, camera=None, size=64):
         gym.utils.RecordConstructorArgs.__init__(
             self, level=level, correlation=correlation, camera=camera, size=size)
         super().__init__(env)
@@ -543,7 +574,6 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def render(self):
         return self.frame
-
 
 # ==== 6. Video ====================================================================================
 # In: a task, its expert and a distractor level. Out: episodes in memory-mapped arrays, and index
@@ -638,7 +668,7 @@ def make_env(config, correlation=None):
     task = TASKS[config.task]
     rho = config.correlation if correlation is None else correlation
     return Distractors(bare_env(config.task), config.distractor, rho,
-                       (task.distance, task.elevation), config.frame_size)
+                       task.camera, config.frame_size)
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
@@ -662,11 +692,10 @@ def record_episode(job) -> int:
     return t + 1
 
 def record(config, folder):
-    """Record the run's two videos, going on where an earlier call was stopped.
+    """Record two videos, going on where an earlier call was stopped; -> frames recorded.
 
     folder/main: `episodes` for training, then `heldout_episodes`. folder/decorrelated:
     `heldout_episodes` more whose background no longer follows the action (rho = 0).
-    Returns the number of frames recorded.
     """
     env = make_env(config)
     _, info = env.reset(seed=0)
@@ -731,7 +760,7 @@ class Windows:
         index = torch.from_numpy(self.index(windows, 1)[:, :3]).to(self.device)
         return to_float(self.frames[index])  # (B, 3, H, W, C) u8 -> (B, 3 C, H, W)
 
-    def actions(self, windows):
+    def actions(self, windows=slice(None)):
         """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
         return self.video.actions[self.e[windows], self.t[windows]]
 
@@ -739,7 +768,6 @@ def to_float(frames: torch.Tensor) -> torch.Tensor:
     """(B, n, H, W, C) u8 -> (B, n C, H, W) in [-0.5, 0.5], channels last in memory."""
     stacked = frames.permute(0, 1, 4, 2, 3).flatten(1, 2)
     return stacked.contiguous(memory_format=torch.channels_last).float() / 255 - 0.5
-
 
 # ==== 7. Masks ====================================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
@@ -751,10 +779,9 @@ def sam_path(model: str, file: str = "") -> Path:
     return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
 
 def load_sam(model: str, file: str, device):
-    """The official SamPredictor of vit_b, vit_l or vit_h.
+    """The official SamPredictor of vit_b, vit_l or vit_h; UserError if that fails.
 
     Without `file` the official checkpoint is downloaded once, its hash checked on the way.
-    UserError if that fails, or if the file is no checkpoint of this model.
     """
     from segment_anything import SamPredictor, sam_model_registry  # slow to import, rarely needed
     path = sam_path(model, file)
@@ -821,8 +848,7 @@ def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
     """Distil keyframes (n, H, W, 3) u8 and their masks (n, H, W) u8 into a small network.
 
-    Samples are mirrored, shifted by up to an eighth of the frame and stretched in colour, so that
-    a few dozen keyframes are enough.
+    Mirrored, shifted by up to an eighth and stretched in colour, a few dozen are enough.
     """
     torch.manual_seed(config.seed + 3)
     student = Student().to(device, memory_format=torch.channels_last)
@@ -878,7 +904,6 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
     a, b = a >= 128, b >= 128
     return float((a & b).sum() / max((a | b).sum(), 1))
-
 
 # ==== 8. Networks =================================================================================
 # The convolutional encoder of IMPALA (arXiv 1802.01561), three times: the IDM turns six frames
@@ -987,7 +1012,6 @@ class Student(nn.Module):
             x = F.relu(conv(torch.cat([F.interpolate(x, skip.shape[2:]), skip], 1)))
         return F.pixel_shuffle(self.head(x), 2)
 
-
 # ==== 9. Latent action models =====================================================================
 # In: windows of a Video. Out: an IDM whose latent actions explain what the masked loss asks for,
 # and its FDM. One loop trains every method; they differ in the weight of the background alone.
@@ -1020,24 +1044,21 @@ def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None
     """
     modules = nn.ModuleList(modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr, (0.9, 0.99))
-    schedule = lambda step: min(1, (step + 1) / (0.05 * updates + 1)) * 0.5 * (
-        1 + math.cos(math.pi * step / updates))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     start, history, losses = 0, [], []
     if checkpoint and checkpoint.exists():
         saved = load_torch(checkpoint)
         modules.load_state_dict(saved["modules"])
         optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
         start, history, losses = saved["step"], saved["history"], saved["losses"]
     every, saved_at = max(1, updates // 10), time.monotonic()
     for step in tqdm(range(start, updates), text, updates, initial=start, leave=False):
+        warmup, cosine = (step + 1) / (0.05 * updates + 1), 1 + math.cos(math.pi * step / updates)
+        optimizer.param_groups[0]["lr"] = lr * min(1, warmup) * 0.5 * cosine
         loss = compute_loss(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
-        scheduler.step()
         losses.append(loss.detach())
         if (step + 1) % every == 0:
             history.append((step + 1, float(torch.stack(losses).mean()),
@@ -1045,8 +1066,7 @@ def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None
             losses = []
         if checkpoint and time.monotonic() - saved_at > 30:
             save_torch(checkpoint, dict(modules=modules.state_dict(), losses=losses, step=step + 1,
-                                        optimizer=optimizer.state_dict(), history=history,
-                                        scheduler=scheduler.state_dict()))
+                                        optimizer=optimizer.state_dict(), history=history))
             saved_at = time.monotonic()
     return history
 
@@ -1075,39 +1095,12 @@ def train_lam(config, windows: Windows, background_weight, text="lam", report=No
                     report and (lambda step: report(idm)))
     return idm.eval(), fdm.eval(), history
 
-def regress(config, modules, predict, targets, chosen, updates, lr, text, checkpoint=None):
-    """Fit predict(batch (B,)) to targets[batch] by squared error; batches come from `chosen`."""
-    targets = torch.from_numpy(targets).to(next(modules[0].parameters()).device)
-
-    def loss(step):
-        rng = random(config.seed, "regress", step)
-        batch = chosen[rng.integers(len(chosen), size=config.batch_size)]
-        with autocast(targets.device):
-            prediction = predict(batch)
-        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
-
-    train(modules, loss, updates, lr, text, checkpoint)
-
-def train_supervised_idm(config, windows: Windows, checkpoint=None):
-    """The IDM's network on true actions, k = 1: what no latent action model can beat by much.
-
-    Actions are a linear map of its Z outputs, which the probe can so read like any latent.
-    """
-    idm = make_lam(config, config.seed)[0].to(windows.device)
-    everything = np.arange(len(windows))
-    actions = windows.actions(everything)
-    head = nn.Linear(config.latent_dim, actions.shape[1]).to(windows.device)
-    regress(config, [idm, head], lambda chosen: head(idm(*windows.batch(chosen)[:2])), actions,
-            everything, config.lam_updates, config.lam_lr, "supervised-idm", checkpoint)
-    return idm.eval()
-
 @torch.no_grad()
 def latents(idm, windows: Windows, chosen=None) -> np.ndarray:
     """Latent actions (n, Z) f32 of the chosen windows (default: all), k = 1, newest future."""
     chosen = np.arange(len(windows)) if chosen is None else chosen
     batches = (windows.batch(part) for part in np.split(chosen, range(512, len(chosen), 512)))
     return torch.cat([idm(before, after).cpu() for before, after, _, _ in batches]).numpy()
-
 
 # ==== 10. Linear probe ============================================================================
 # In: latent actions and true actions of training and held-out episodes. Out: how much of the action
@@ -1141,8 +1134,7 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) ->
     on one half of those episodes and read on the other; the action says nothing about it there.
     """
     z, z_heldout, z_decorrelated = (encode(w) for w in (training, heldout, decorrelated))
-    a, a_heldout, a_decorrelated = (w.actions(np.arange(len(w)))
-                                    for w in (training, heldout, decorrelated))
+    a, a_heldout, a_decorrelated = (w.actions() for w in (training, heldout, decorrelated))
     read = ridge(z, a)
     moved = decorrelated.video.distractor[decorrelated.e, decorrelated.t]
     half = decorrelated.e < len(decorrelated.video.length) // 2
@@ -1155,19 +1147,34 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) ->
         leakage_r2=r2(ridge(z_decorrelated[half], moved[half])(z_decorrelated[~half]),
                       moved[~half]))
 
-
 # ==== 11. Latent policy ===========================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions from frames alone, then decode the cloned latents to actions with a few labels.
-def clone(config, windows: Windows, targets: np.ndarray, text, chosen, checkpoint=None):
+def regress(config, module, predict, targets, chosen, updates, lr, text, checkpoint=None):
+    """Fit predict(batch (B,)) to targets[batch] by squared error; batches come from chosen."""
+    targets = torch.from_numpy(targets).to(next(module.parameters()).device)
+
+    def loss(step):
+        rng = random(config.seed, "regress", step)
+        batch = chosen[rng.integers(len(chosen), size=config.batch_size)]
+        with autocast(targets.device):
+            prediction = predict(batch)
+        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
+
+    train([module], loss, updates, lr, text, checkpoint)
+
+def clone(config, windows: Windows, targets: np.ndarray, text, chosen, future=False,
+          checkpoint=None):
     """Behaviour cloning from frames: regress targets (len(windows), Z or A) on the stack before.
 
-    chosen: the windows to learn from. Returns the policy network.
+    chosen: the windows to learn from. With `future` the network sees the stack after too (k = 1),
+    so that with true actions as targets it is a supervised IDM: what no latent beats by much.
     """
     torch.manual_seed(config.seed + 1)
-    policy = FrameEncoder(config, 3, targets.shape[1]).to(windows.device)
+    policy = FrameEncoder(config, 6 if future else 3, targets.shape[1]).to(windows.device)
     policy.to(memory_format=torch.channels_last)
-    regress(config, [policy], lambda batch: policy(windows.before(batch)), targets, chosen,
+    stacks = lambda batch: windows.batch(batch)[:2] if future else [windows.before(batch)]
+    regress(config, policy, lambda batch: policy(*stacks(batch)), targets, chosen,
             config.policy_updates, config.policy_lr, text, checkpoint)
     return policy.eval()
 
@@ -1182,10 +1189,9 @@ def train_decoder(config, policy, windows: Windows, chosen):
                        for part in np.split(chosen, range(512, len(chosen), 512))])
     actions = windows.actions(chosen)
     mlp = make_decoder(z.shape[1], actions.shape[1]).to(windows.device)
-    regress(config, [mlp], lambda batch: mlp(z[torch.from_numpy(batch)]), actions,
+    regress(config, mlp, lambda batch: mlp(z[torch.from_numpy(batch)]), actions,
             np.arange(len(chosen)), config.decoder_updates, 1e-3, "decoder")
     return mlp.eval()
-
 
 # ==== 12. Evaluation ==============================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
@@ -1242,7 +1248,6 @@ def evaluate_state_policy(config, name):
     seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
     return np.array([state_rollout((task, expert, seed, config.eval_steps, 0.0, 1.0))[0]
                      for seed in seeds])
-
 
 # ==== 13. Report ==================================================================================
 # In: the numbers of all stages. Out: a table, two figures and an animation.
@@ -1338,11 +1343,10 @@ def save_animation(films, path, scale=3):
         images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=50,
                        loop=0)
 
-
 # ==== 14. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. Stages are cached under a key made of the config fields
 # they depend on, written whole or not at all, and taken up again where a killed run stopped.
-FORMAT = "masklam-3"
+FORMAT = "masklam-4"
 RECORDING = ("task", "seed", "distractor", "correlation", "episodes", "heldout_episodes", "steps",
              "action_noise", "frame_size")
 MASKS = ("erode", "dilate", "shift", "occlude")
@@ -1358,7 +1362,7 @@ STAGES = ("record", "mask", "lam", "probe", "policy", "evaluate", "report")
 def cache_key(config, names, *extra) -> str:
     """Twelve hex digits that change when one of the named fields (or an extra) does."""
     chosen = {name: getattr(config, name) for name in names}
-    text = json.dumps([FORMAT, TASKS[config.task].expert, chosen, extra], sort_keys=True)
+    text = json.dumps([FORMAT, asdict(TASKS[config.task]), chosen, extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 @contextlib.contextmanager
@@ -1396,9 +1400,11 @@ class Run:
     """One seed's folder: its cache, its clock and its results."""
 
     def __init__(self, config: Config, folder: Path, device, fresh=False):
-        self.config, self.folder, self.device, self.fresh = config, folder, device, fresh
+        self.config, self.folder, self.device = config, folder, device
         self.cache, self.seconds = folder / "cache", {}
         try:
+            if fresh and self.cache.exists():
+                shutil.rmtree(self.cache)
             self.cache.mkdir(parents=True, exist_ok=True)
             with written_whole(self.cache / "writable") as temporary:
                 temporary.touch()
@@ -1409,11 +1415,9 @@ class Run:
         """compute(checkpoint path) -> payload of tensors and numbers, or the one from the cache."""
         path = self.cache / f"{stage}-{name}-{key}.pt"
         partial = path.with_suffix(".partial")
-        if path.exists() and not self.fresh:
+        if path.exists():
             payload, seconds = load_torch(path)
         else:
-            if self.fresh:
-                partial.unlink(missing_ok=True)
             start = time.monotonic()
             payload = compute(partial)
             seconds = time.monotonic() - start
@@ -1426,8 +1430,6 @@ class Run:
     def videos(self):
         """{"training", "heldout", "decorrelated": Video}; records them where need be."""
         folder = self.cache / f"video-{cache_key(self.config, RECORDING)}"
-        if self.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
 
         def compute(_):
             start = time.monotonic()
@@ -1507,7 +1509,7 @@ class Run:
 
     @functools.cache
     def lam(self, method):
-        """-> (idm, fdm, history) of a method, or of the supervised-idm reference (no fdm)."""
+        """-> (idm, fdm, history) of a method."""
         training, heldout, _ = self.windows
         sample = [random(self.config.seed, "report", i).permutation(len(w))[:2000]
                   for i, w in enumerate((training, heldout))]
@@ -1518,24 +1520,25 @@ class Run:
             return float(nmse(unseen, heldout.actions(sample[1])).mean())
 
         def compute(partial):
-            if method == "supervised-idm":
-                return train_supervised_idm(self.config, training, partial).state_dict(), None, []
             idm, fdm, history = train_lam(self.config, training, self.background_weight(method),
                                           method, probe_nmse, partial)
             return idm.state_dict(), fdm.state_dict(), history
 
-        idm_state, fdm_state, history = self.cached("lam", method, self.lam_key(method), compute)
+        *states, history = self.cached("lam", method, self.lam_key(method), compute)
         idm, fdm = (module.to(self.device).eval() for module in make_lam(self.config, 0))
-        idm.load_state_dict(idm_state)
-        if fdm_state:
-            fdm.load_state_dict(fdm_state)
+        for module, state in zip((idm, fdm), states):
+            module.load_state_dict(state)
         return idm, fdm, history
 
     @functools.cache
     def probe(self, method):
-        """-> the probe's numbers for a method's frozen IDM."""
-        idm = self.lam(method)[0]
-        numbers = self.cached("probe", method, self.lam_key(method), lambda _: probe(
+        """-> the probe's numbers for the frozen IDM of a method, or for the supervised one."""
+        if method in METHODS:
+            idm, key = self.lam(method)[0], self.lam_key(method)
+        else:
+            (idm, _), key, _ = self.policy(method)
+            idm.to(self.device)
+        numbers = self.cached("probe", method, key, lambda _: probe(
             lambda windows: latents(idm, windows), *self.windows))
         print(f"{method}: probe NMSE {numbers['probe_nmse']:.3f}, R2 {numbers['probe_r2']:.3f}")
         return numbers
@@ -1545,24 +1548,26 @@ class Run:
         """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
         config, training = self.config, self.windows[0]
         everything, A = np.arange(len(training)), training.video.actions.shape[-1]
-        labelled = everything if name == "oracle" else everything[:config.labels]
-        direct = name in REFERENCES  # cloned from actions, with no latent action in between
+        labelled = everything[:None if name in ("oracle", "supervised-idm") else config.labels]
+        direct = name not in METHODS  # cloned from actions, with no latent action in between
+        future = name == "supervised-idm"
         if direct:
             key = cache_key(config, RECORDING + POLICY + self.mask_fields(), name, len(labelled))
         else:
             key = cache_key(config, POLICY + DECODER, self.lam_key(name))
 
         def compute(partial):
+            targets, chosen = training.actions(), labelled
+            if not direct:
+                z, chosen = latents(self.lam(name)[0], training), everything
+                targets = (z - z.mean(0)) / (z.std(0) + 1e-6)  # the scale of a latent is arbitrary
+            cloned = clone(config, training, targets, f"{name} policy", chosen, future, partial)
             if direct:
-                actions = training.actions(everything)
-                return clone(config, training, actions, name, labelled, partial).state_dict(), {}
-            z = latents(self.lam(name)[0], training)
-            targets = (z - z.mean(0)) / (z.std(0) + 1e-6)  # the scale of a latent is arbitrary
-            cloned = clone(config, training, targets, f"{name} policy", everything, partial)
+                return cloned.state_dict(), {}
             decode = train_decoder(config, cloned, training, labelled)
             return cloned.state_dict(), decode.state_dict()
 
-        cloned = FrameEncoder(config, 3, A if direct else config.latent_dim)
+        cloned = FrameEncoder(config, 6 if future else 3, A if direct else config.latent_dim)
         decode = nn.Identity() if direct else make_decoder(config.latent_dim, A)
         for module, state in zip((cloned, decode), self.cached("policy", name, key, compute)):
             module.load_state_dict(state)
@@ -1587,12 +1592,10 @@ class Run:
         config, rows = self.config, {}
         expert, chance = (float(self.evaluate(n)[0].mean()) for n in ("expert", "random"))
         for name in config.methods + REFERENCES:
-            returns, (_, _, labels) = self.evaluate(name)[0], self.policy(name)
-            rows[name] = self.probe(name).copy() if name in config.methods else {}
-            rows[name] |= dict(
-                return_mean=float(returns.mean()), return_std=float(returns.std()), labels=labels,
-                return_n=len(returns), normalized_return=(returns.mean().item() - chance)
-                / (expert - chance))
+            returns, mean = self.evaluate(name)[0], float(self.evaluate(name)[0].mean())
+            rows[name] = (self.probe(name) if name in config.methods else {}) | dict(
+                return_mean=mean, return_std=float(returns.std()), return_n=len(returns),
+                normalized_return=(mean - chance) / (expert - chance), labels=self.policy(name)[2])
         rows["supervised-idm"] = self.probe("supervised-idm")
         results = dict(
             task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
@@ -1622,7 +1625,7 @@ class Run:
         stages = dict(
             record=lambda: self.videos,
             mask=lambda: self.windows,
-            lam=lambda: [self.lam(m) for m in methods + ("supervised-idm",)],
+            lam=lambda: [self.lam(m) for m in methods],
             probe=lambda: [self.probe(m) for m in methods + ("supervised-idm",)],
             policy=lambda: [self.policy(name) for name in methods + REFERENCES],
             evaluate=lambda: [self.evaluate(name) for name in methods + references],
@@ -1666,7 +1669,7 @@ def parse(argv):
     parser.add_argument("--seeds", type=int, default=None, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--out", default="runs", help="folder for run folders")
     parser.add_argument("--until", choices=STAGES, default="report", help="the last stage")
-    parser.add_argument("--fresh", action="store_true", default=False, help="ignore the cache")
+    parser.add_argument("--fresh", action="store_true", default=False, help="empty the cache first")
     parser.add_argument("--train-expert", action="store_true", default=False,
                         help="search the task's expert and print its literal")
     argv = "\n".join(sys.argv[1:] if argv is None else argv)  # --prompt -3,4 is no other flag
@@ -1687,20 +1690,19 @@ def main(argv=None):
     try:
         config, options = parse(argv)
         if options.train_expert:
-            task = TASKS[config.task]
-            literal, returns = train_expert(config.task, **task.search, seed=config.seed)
-            lines = [literal[i:i + 84] for i in range(0, len(literal), 84)]
-            print("\n".join(f'        "{line}"' for line in lines))
-            print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
+            search_expert(config.task, config.seed)
             return 0
+        if TASKS[config.task].expert is None:
+            raise UserError(f"--task {config.task} has no expert: search one with --train-expert, "
+                            "and put the entry that it prints into TASKS")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        results = []
         if config.masks == "auto":
             path = sam_path(config.sam_model, config.sam_checkpoint)
             found = bool(config.sam_checkpoint) or path.exists()
             config = replace(config, masks="sam" if found else "simulator")
             print(f"masks: sam, from {path}" if found else "masks: the simulator's own; for SAM's: "
                   f"--masks sam, which downloads {path.name}, or --sam-checkpoint FILE")
+        results = []
         for seed in [config.seed] if options.seeds is None else range(options.seeds):
             tag = f"{config.task}-{options.preset}-{config.distractor}-{seed}"
             run = Run(replace(config, seed=seed), Path(options.out) / tag, device, options.fresh)

@@ -41,10 +41,6 @@ TINY = replace(SMOKE, episodes=4, heldout_episodes=2, steps=12, lam_updates=12, 
                labels=40)
 
 
-def camera_of(task):
-    return masklam.TASKS[task].distance, masklam.TASKS[task].elevation
-
-
 def run(*flags, timeout=150):
     return subprocess.run([sys.executable, str(HERE / "masklam.py"), *map(str, flags)],
                           capture_output=True, text=True, timeout=timeout)
@@ -118,13 +114,13 @@ def test_expert_search_learns_to_move_forward():
 
 @pytest.mark.parametrize("task", masklam.TASKS)
 def test_renderer_agrees_with_the_simulators_segmentation(task):
-    env, (distance, elevation) = masklam.state_env(task), camera_of(task)
+    env, view = masklam.state_env(task), masklam.TASKS[task].camera
     env.reset(seed=0)
     env.action_space.seed(0)
     model, size = env.model, 384
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()
-    camera.distance, camera.azimuth, camera.elevation = distance, 90, elevation
-    renderer = masklam.AgentRenderer(model, (distance, elevation))
+    camera.distance, camera.azimuth, camera.elevation = view[0], 90, view[1]
+    renderer = masklam.AgentRenderer(model, view)
     camera.lookat[2] = renderer.height
     try:
         reference = mujoco.Renderer(model, size, size)
