@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.15.0", "torchvision==0.29.2", "mujoco==4.0.0",
-#     "gymnasium[mujoco]==1.4.0", "segment-anything==1.0", "numpy==2.4.6", "tqdm==4.70.1",
-#     "matplotlib==3.11.2", "jupyter==1.1.1", "pytest==9.2.0"]
+# dependencies = ["torch==2.15.0", "torchvision==0.29.2", "mujoco==4.0.0", "tqdm==4.70.1",
+#     "gymnasium[mujoco]==1.4.0", "segment-anything==1.0", "numpy==2.4.6", "matplotlib==3.11.2",
+#     "jupyter==1.1.1", "pytest==9.2.0"]
 # ///
 """MaskLAM in one file: latent actions from video whose background moves too.
 
@@ -202,29 +202,24 @@ class Tasks(dict):
     """Tasks by name; any other name is taken for an environment id, with no expert yet."""
 
     def __missing__(self, env_id):
-        search = dict(directions=16, top=8, size=0.03, step=0.02, horizon=1000, noise=0.1, gain=0.9,
-                      budget=5_000_000)
-        return Task(env_id, None, 0.1, search, None)
+        return Task(env_id, None, 0.1, dict(directions=16, top=8, size=0.03, step=0.02, noise=0.1,
+                                            gain=0.9, budget=5_000_000), None)
 
 TASKS = Tasks({
     "cheetah": Task(  # --train-expert, 9 minutes; returns 4714 on average of 100 seeds, falls in 6
         "HalfCheetah-v5", (2.6, -8, 0), 0.45,
-        dict(directions=32, top=8, size=0.1, step=0.02, horizon=500, noise=0.4, gain=0.8,
-             budget=10_000_000),
-        "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7"
-        "F$0wr?O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_"
-        "cyMWfH9Hz(ewk1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h"
-        "?qfL!u2B<{*%fEGWjS"),
+        dict(directions=32, top=8, size=0.1, step=0.02, noise=0.4, gain=0.8, budget=10_000_000,
+             horizon=500),
+        "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7F$0wr?"
+        "O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_cyMWfH9Hz(ew"
+        "k1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h?qfL!u2B<{*%fEGWjS"),
     "hopper": Task(  # --train-expert, 18 minutes; returns 2828 +- 22 on ten unseen seeds
         "Hopper-v5", (3, -8, 0.2), 0.1,
-        dict(directions=16, top=8, size=0.03, step=0.015, horizon=1000, noise=0.15, gain=0.9,
-             budget=8_000_000),
-        "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6"
-        "AcCkz?"),
+        dict(directions=16, top=8, size=0.03, step=0.015, noise=0.15, gain=0.9, budget=8_000_000),
+        "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6AcCkz?"),
     "swimmer": Task(  # --train-expert, 9 minutes; returns 358 +- 2 on ten unseen seeds
         "Swimmer-v5", (4.4, -90, 0), 0.3,
-        dict(directions=4, top=2, size=0.03, step=0.02, horizon=1000, noise=0.2, gain=0.9,
-             budget=3_000_000),
+        dict(directions=4, top=2, size=0.03, step=0.02, noise=0.2, gain=0.9, budget=3_000_000),
         "46Nuj*ejH~I4-0(2CY^stgsC!>XffH*tl4(>NZ)k3N#-s"),
 })
 
@@ -276,17 +271,16 @@ def fold_whitening(weights, mean, std):
     """Policy on (state - mean) / std -> the same policy on the state, (A, 1 + S)."""
     return np.c_[-(weights / std) @ mean, weights / std]
 
-def train_expert(task, directions, top, size, step, horizon, noise, gain, budget, seed=0):
+def train_expert(task, directions, top, size, step, noise, gain, budget, horizon=1000, seed=0):
     """Augmented random search for a linear policy that survives being imitated.
 
     Each iteration tries `directions` random directions, normal of scale `size`, both ways and
-    moves by `step` (decaying to a fifth) along the `top` best, weighted by their return
-    differences. Observations are whitened by running statistics. Clones err a little and regress
-    to the mean, and plain ARS finds gaits that topple over that: so `size` is large, and an
-    episode's actions are shrunk by a factor from `gain` to 1 and disturbed by noise of a scale from
-    0 to `noise`. Every 320 directions ten fixed episodes, half of them disturbed, decide whether
-    this is the best policy so far. What a step pays for being upright is subtracted, so that
-    standing still earns nothing. Stops after `budget` steps.
+    moves by `step` (decaying to a fifth) along the `top` best. Observations are whitened by running
+    statistics; what a step pays for being upright is subtracted, so that standing still earns
+    nothing. Clones err and regress to the mean, and plain ARS finds gaits that topple over that:
+    so `size` is large, and an episode's actions are shrunk by a factor from `gain` to 1 and
+    disturbed by noise of a scale from 0 to `noise`. Every 320 directions ten fixed episodes, half
+    of them disturbed, decide whether this is the best policy so far. Stops after `budget` steps.
     Returns the literal for TASKS, and its returns on ten seeds never used in the search.
     """
     env = state_env(task)
@@ -339,9 +333,8 @@ def search_expert(name, seed):
 
 # ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
-# once what the distractors are composed behind and the simulator's own mask. Casting rays, only at
-# pixels that it may cover and five at its outline, is fast, needs no OpenGL and looks the same
-# anywhere.
+# once what the distractors are composed behind and the simulator's own mask. Casting rays, where it
+# may be and five at its outline, is fast, needs no OpenGL and looks the same anywhere.
 NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
 
 def box_average(image: np.ndarray, factor: int) -> np.ndarray:
@@ -356,10 +349,9 @@ class AgentRenderer:
 
     model: the environment's MjModel. It is copied, and drawn with an MjData of its own: live
         frames would lag a physics substep behind, and syncing the environment's data changes it.
-    camera: distance in metres, elevation in degrees, and how far above the initial centre of mass
-        it aims, in metres; None: -20 degrees and where the agent spans two thirds of the frame. It
-        follows the agent along the ground but keeps its height: with no floor in sight, jumps would
-        be invisible.
+    camera: distance (metres), elevation (degrees) and how far above the initial centre of mass it
+        aims (metres); None: -20 degrees, and the agent spans two thirds of the frame. It follows
+        along the ground but keeps its height: with no floor in sight, jumps would be invisible.
     size: height and width of the images, pixels.
     """
 
@@ -447,11 +439,10 @@ class AgentRenderer:
 class Backdrop:
     """Two scrolling textures and 12 two-coloured sprites, each with a velocity of its own.
 
-    Velocities follow, in pixels a step,
-        v = SPEED * (rho * P a + sqrt(1 - rho^2) * u),
-    with a the executed action scaled to [-1, 1], P a random projection that is the same for every
-    episode (P a has unit variance when actions are uniformly random), and u unit-variance
-    Ornstein-Uhlenbeck noise. Colours, shapes, places and u change with `rng`.
+    In pixels a step, v = SPEED * (rho * P a + sqrt(1 - rho^2) * u), with a the executed action
+    scaled to [-1, 1], P a random projection that is the same for every episode (P a has unit
+    variance when actions are uniformly random), and u unit-variance Ornstein-Uhlenbeck noise.
+    Colours, shapes, places and u change with `rng`.
     """
 
     TEXTURES, SPRITES, SPEED, PERSISTENCE = 2, 12, 3.5, 0.5
@@ -518,11 +509,10 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     level: "none" (a plain background), "low" (a Backdrop behind the agent, camera fixed) or "hard"
         (also camera and agent colours on the random walks of the Distracting Control Suite,
-        arXiv 2101.02722, at `SCALE`). correlation: the Backdrop's rho.
-    camera, size: see AgentRenderer.
+        arXiv 2101.02722, at `SCALE`). correlation: its rho. camera, size: see AgentRenderer.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
         (D,) f32 velocities of the background, pixels a step, "action" (A,) f32 as executed.
-        reset(seed=s) seeds physics and distractors; equal seeds give equal frames.
+    reset(seed=s) seeds physics and distractors; equal seeds give equal frames.
     """
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
@@ -582,10 +572,9 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 class Video:
     """Recorded episodes; frames[e, t] is what the agent sees when it chooses actions[e, t].
 
-    frames (E, T, H, W, 3) u8; masks (E, T, H, W) u8, 255 = agent; actions (E, T, A) f32, executed;
-    rewards (E, T) f32; states (E, T, S) f32; distractor (E, T, D) f32, how the background moved
-    from t to t + 1; length (E,) i64, steps until the episode ended. Only the probe, the action
-    decoder and the references may read actions.
+    frames (E, T, H, W, 3) u8; masks (E, T, H, W) u8, 255 = agent; actions (E, T, A), executed, only
+    for probe, decoder and references; rewards (E, T); states (E, T, S); distractor (E, T, D), how
+    the background moved from t to t + 1, all f32; length (E,) i64, steps until the episode ended.
     """
 
     frames: np.ndarray
@@ -600,13 +589,10 @@ class Video:
     def open(cls, folder, mode="r"):
         """Map the arrays of a folder; UserError if one is damaged or missing."""
         try:
-            video = cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
-            if any(getattr(video, f.name).shape[:1] != video.length.shape for f in fields(cls)):
-                raise ValueError("its arrays differ in their number of episodes")
+            return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
         except (OSError, ValueError) as error:
             raise UserError(f"{folder} is damaged ({first_line(error)}); pass --fresh to record "
                             "again") from error
-        return video
 
     @classmethod
     def create(cls, folder, E, T, size, A, S, D):
@@ -623,10 +609,6 @@ class Video:
     def valid(self) -> np.ndarray:
         """(E, T) bool: which frames were recorded, before the end of their episode."""
         return np.arange(self.frames.shape[1]) < self.length[:, None]
-
-    def select(self, episodes):
-        """The same video with only these episodes, a slice."""
-        return Video(*(getattr(self, f.name)[episodes] for f in fields(self)))
 
     def shrink(self, size):
         """Frames and masks box-averaged down to size x size pixels, in memory."""
@@ -660,22 +642,20 @@ def worker_pool():
 
 def episode_seed(config, split, index):
     """Environment seed of an episode; splits never share one, nor do runs with other seeds."""
-    block = ("train", "heldout", "decorrelated", "evaluate").index(split)
+    block = ("training", "heldout", "decorrelated", "evaluate").index(split)
     return config.seed * 10**6 + block * 250_000 + index
 
-def make_env(config, correlation=None):
-    """The task's environment with the config's distractors; correlation: None or another rho."""
-    task = TASKS[config.task]
-    rho = config.correlation if correlation is None else correlation
-    return Distractors(bare_env(config.task), config.distractor, rho,
-                       task.camera, config.frame_size)
+def make_env(config):
+    """The task's environment with the config's distractors."""
+    return Distractors(bare_env(config.task), config.distractor, config.correlation,
+                       TASKS[config.task].camera, config.frame_size)
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
 def record_episode(job) -> int:
-    """Record episode `index` of (config, folder, index, seed, correlation) into its files."""
-    config, folder, index, seed, correlation = job
-    env, video, rng = cached_env(config, correlation), Video.open(folder, "r+"), random(seed, "act")
+    """Record episode `index` of (config, folder, index, seed) into its files."""
+    config, folder, index, seed = job
+    env, video, rng = cached_env(config), Video.open(folder, "r+"), random(seed, "act")
     frame, info = env.reset(seed=seed)
     expert = load_expert(TASKS[config.task].expert, len(info["state"]))
     noise_scale = rng.uniform(0, config.action_noise * TASKS[config.task].noise)
@@ -692,39 +672,37 @@ def record_episode(job) -> int:
     return t + 1
 
 def record(config, folder):
-    """Record two videos, going on where an earlier call was stopped; -> frames recorded.
+    """Record three videos, going on where an earlier call was stopped; -> frames recorded.
 
-    folder/main: `episodes` for training, then `heldout_episodes`. folder/decorrelated:
-    `heldout_episodes` more whose background no longer follows the action (rho = 0).
+    folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
+    heldout whose background no longer follows the action (rho = 0).
     """
     env = make_env(config)
     _, info = env.reset(seed=0)
     sizes = (config.steps, config.frame_size, env.action_space.shape[0], len(info["state"]),
              len(info["distractor"]))
-    E, H, jobs = config.episodes, config.heldout_episodes, []
-    for name, count, rho in (("main", E + H, config.correlation), ("decorrelated", H, 0.0)):
+    H, jobs = config.heldout_episodes, []
+    for name, E, rho in (("training", config.episodes, config.correlation),
+                         ("heldout", H, config.correlation), ("decorrelated", H, 0.0)):
         if not (folder / name / "length.npy").exists():
-            Video.create(folder / name, count, *sizes)
-        done = Video.open(folder / name).length
-        splits = [("train", i) for i in range(E)] if name == "main" else []
-        splits += [("heldout" if name == "main" else name, i) for i in range(H)]
-        jobs += [(config, folder / name, i, episode_seed(config, *split), rho)
-                 for i, split in enumerate(splits) if not done[i]]
+            Video.create(folder / name, E, *sizes)
+        jobs += [(replace(config, correlation=rho), folder / name, i, episode_seed(config, name, i))
+                 for i in np.flatnonzero(Video.open(folder / name).length == 0).tolist()]
     with worker_pool() as pool, tqdm(desc="record", unit=" frames", leave=False,
                                      total=len(jobs) * config.steps) as bar:
-        frames = 0
+        start, frames = time.monotonic(), 0
         for count in pool.map(record_episode, jobs):
             bar.update(count)
             frames += count
+    print(f"recorded {frames} frames, {frames / (time.monotonic() - start):.0f} a second")
     return frames
 
 class Windows:
     """Index arithmetic for training windows: every (e, t) whose episode goes on to t + 1.
 
-    A window of offset k is the stack before (t-2, t-1, t), the stack after (t+k-2, t+k-1, t+k)
-    and the next frame t + 1. It never crosses an episode's end: history before the first frame
-    repeats the first frame, and k is cut to what the episode has left. With mask_input every frame
-    of a stack has its mask as a fourth channel.
+    A window of offset k is the stack before (t-2, t-1, t), the stack after (t+k-2, t+k-1, t+k) and
+    the next frame t + 1. It never crosses an episode's end: the first frame stands for what was
+    before it, and k is cut to what is left. With mask_input a frame's fourth channel is its mask.
     """
 
     def __init__(self, video: Video, device="cpu", mask_input=False):
@@ -772,8 +750,7 @@ def to_float(frames: torch.Tensor) -> torch.Tensor:
 # ==== 7. Masks ====================================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
 # --masks sam the segmentation model SAM (arXiv 2304.02643) finds the agent on a few keyframes and a
-# small student learns from those to mask every frame; with --masks student the simulator does SAM's
-# part. Flags make masks worse, to see how good they must be.
+# student learns from those to mask every frame; with --masks student the simulator does SAM's part.
 def sam_path(model: str, file: str = "") -> Path:
     """Where the checkpoint of a SAM is: `file`, or its place in torch's hub cache."""
     return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
@@ -831,9 +808,9 @@ def segment(predictor, frames: np.ndarray, prompt=(), checkpoint=None):
 def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Which of SAM's candidates (n, 3, H, W) bool is the agent, for each keyframe -> (n,).
 
-    The camera follows the agent, so right masks resemble each other. A candidate scores SAM's
-    predicted IoU (n, 3), plus one if its area is plausible (0.5 to 40 % of the frame), plus how
-    well it agrees with where the masks chosen so far lie on average, and with their median area.
+    A candidate scores SAM's predicted IoU (n, 3), plus one for a plausible area (0.5 to 40 % of the
+    frame), plus how well it agrees in place and area with the masks chosen so far: the camera
+    follows the agent, so right masks resemble each other.
     """
     each, area = np.arange(len(candidates)), candidates.mean((2, 3))
     alone = predicted + ((area > 0.005) & (area < 0.4))
@@ -882,6 +859,31 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
         masks.append((255 * logits.float().sigmoid()).round().byte()[:, 0].cpu().numpy())
     return np.concatenate(masks)
 
+def segment_videos(config, videos, device, checkpoint=None):
+    """Masks of {name: Video} from a student of SAM, or of the simulator with --masks student.
+
+    Returns the student, (keyframes (n, H, W, 3), teacher's, student's and simulator's masks of them
+    (n, H, W)), {name: the student's masks (E, T, H, W)}, all u8, and {name: IoU with simulator's}.
+    """
+    training = videos["training"]
+    e, t = np.nonzero(training.valid)
+    spread = np.linspace(0, len(e) - 1, config.keyframes).astype(int)
+    frames, truth = training.frames[e[spread], t[spread]], training.masks[e[spread], t[spread]]
+    labels = truth
+    if config.masks == "sam":
+        predictor = load_sam(config.sam_model, config.sam_checkpoint, device)
+        if device.type == "cpu":  # 14 s each were measured on two cores
+            print(f"{len(frames)} keyframes: vit_b takes ~{len(frames) * 14 // 60} minutes")
+        found, scores = segment(predictor, frames, config.prompt, checkpoint)
+        labels = np.uint8(255) * found[np.arange(len(found)), choose_masks(found, scores)]
+    student = train_student(config, frames, labels, device)
+    masks, iou = {}, {"keyframes": mask_iou(labels, truth)}
+    for name, video in videos.items():
+        flat = video.frames.reshape(-1, *video.frames.shape[2:])
+        masks[name] = student_masks(student, flat).reshape(video.masks.shape)
+        iou[name] = mask_iou(masks[name][video.valid], video.masks[video.valid])
+    return student, (frames, labels, student_masks(student, frames), truth), masks, iou
+
 def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
     """Masks (n, H, W) u8 made worse as --erode, --dilate, --shift and --occlude say, in this order.
 
@@ -906,10 +908,9 @@ def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 # ==== 8. Networks =================================================================================
-# The convolutional encoder of IMPALA (arXiv 1802.01561), three times: the IDM turns six frames
-# into a latent action, the FDM three frames and a latent action into the next frame, the policy
-# three frames into a latent action. All see n frames as (B, n C, H, W) in [-0.5, 0.5]: C is 3, or 4
-# where the mask is an input.
+# The convolutional encoder of IMPALA (arXiv 1802.01561), three times: the IDM turns six frames into
+# a latent action, the FDM three frames and a latent action into the next frame, the policy three
+# frames into a latent action. n frames are (B, n C, H, W) in [-0.5, 0.5]; C is 4 with --mask-input.
 class ResidualBlock(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -1037,10 +1038,9 @@ def autocast(device):
 def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None):
     """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
 
-    compute_loss(step) -> scalar tensor. It draws its batch from `step` alone, so that a run
-    that was stopped and goes on from `checkpoint` (a path; written twice a minute) gives the same
-    numbers as one that was not. report(step) -> number, taken ten times.
-    Returns history: [(step, mean loss since the last entry, report)].
+    compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
+    goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
+    stopped. report(step) -> number. Returns ten times (step, mean loss since the last, report).
     """
     modules = nn.ModuleList(modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr, (0.9, 0.99))
@@ -1097,7 +1097,7 @@ def train_lam(config, windows: Windows, background_weight, text="lam", report=No
 
 @torch.no_grad()
 def latents(idm, windows: Windows, chosen=None) -> np.ndarray:
-    """Latent actions (n, Z) f32 of the chosen windows (default: all), k = 1, newest future."""
+    """Latent actions (n, Z) f32 of the chosen windows (default: all), k = 1."""
     chosen = np.arange(len(windows)) if chosen is None else chosen
     batches = (windows.batch(part) for part in np.split(chosen, range(512, len(chosen), 512)))
     return torch.cat([idm(before, after).cpu() for before, after, _, _ in batches]).numpy()
@@ -1129,9 +1129,8 @@ def r2(prediction, target) -> float:
 def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) -> dict:
     """Linear probe of encode(windows) -> (n, Z), fitted on `training`, read on unseen episodes.
 
-    decorrelated: episodes whose background ignores the action (rho = 0): what remains of the
-    same frozen probe there. leakage: R2 of a second probe, for the background's velocity, fitted
-    on one half of those episodes and read on the other; the action says nothing about it there.
+    decorrelated: the same probe where the background ignores the action (rho = 0). leakage: R2 of a
+    second one for the background's velocity, from one half of those episodes to the other.
     """
     z, z_heldout, z_decorrelated = (encode(w) for w in (training, heldout, decorrelated))
     a, a_heldout, a_decorrelated = (w.actions() for w in (training, heldout, decorrelated))
@@ -1277,32 +1276,30 @@ def plot_summary(results, histories, predictions, path):
     """
     figure = Figure(figsize=(14, 3.2 + 2.4 * len(histories)))
     top, below = figure.subfigures(2, 1, height_ratios=[3.2, 2.4 * len(histories)])
-    axes = top.subplots(1, 4)
-    for ax, key, title in ((axes[0], "probe_nmse", "probe NMSE of the action (lower is better)"),
-                           (axes[1], "return_mean", "return (higher is better)")):
+    axes, grid = top.subplots(1, 4), below.subplots(len(histories), 4, squeeze=False)
+    for ax, key in zip(axes, ("probe_nmse", "return_mean")):
         rows = {n: r for n, r in results["methods"].items() if key in r}
-        errors = [r["return_std"] for r in rows.values()] if key == "return_mean" else None
-        ax.bar(list(rows), [r[key] for r in rows.values()], yerr=errors, capsize=3,
-               color=[COLORS[name] for name in rows])
-        ax.set_title(title, fontsize=9)
+        ax.bar(list(rows), [r[key] for r in rows.values()], color=[COLORS[n] for n in rows],
+               yerr=[r["return_std"] for r in rows.values()] if key == "return_mean" else None)
         ax.tick_params(axis="x", labelrotation=25, labelsize=8)
-    grid = below.subplots(len(histories), 4, squeeze=False)
     for (name, history), row in zip(histories.items(), grid):
-        (steps, losses, nmses), color = zip(*history), COLORS[name]
-        axes[2].plot(steps, np.array(losses) / losses[0], "o-", color=color, label=name)
-        axes[3].plot(steps, nmses, "o-", color=color, label=name)
+        steps, losses, nmses = zip(*history)
+        axes[2].plot(steps, np.array(losses) / losses[0], "o-", color=COLORS[name], label=name)
+        axes[3].plot(steps, nmses, "o-", color=COLORS[name], label=name)
         true, predicted, mask = predictions[name]
-        error = np.abs(true.astype(int) - predicted).mean(-1)
-        for ax, picture, title in zip(row, (true, predicted, 2 * error, mask), (
-                "next frame", f"{name}: prediction", "absolute error, doubled", "mask")):
+        pictures = {"next frame": true, f"{name}: prediction": predicted, "mask": mask,
+                    "absolute error, doubled": 2 * np.abs(true - predicted.astype(int)).mean(-1)}
+        for ax, (title, picture) in zip(row, pictures.items()):
             ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
             ax.set_title(title, fontsize=9)
             ax.axis("off")
     axes[2].set_yscale("log")
-    axes[2].set_title("training loss over steps, relative to the first", fontsize=9)
     axes[3].set_ylim(0, 1.1)
-    axes[3].set_title("held-out probe NMSE over steps", fontsize=9)
     axes[3].legend(fontsize=8)
+    for ax, title in zip(axes, ("probe NMSE of the action (lower is better)",
+                                "return (higher is better)", "training loss over steps, first = 1",
+                                "held-out probe NMSE over steps")):
+        ax.set_title(title, fontsize=9)
     top.subplots_adjust(bottom=0.2)
     save_figure(figure, path)
 
@@ -1406,8 +1403,7 @@ class Run:
             if fresh and self.cache.exists():
                 shutil.rmtree(self.cache)
             self.cache.mkdir(parents=True, exist_ok=True)
-            with written_whole(self.cache / "writable") as temporary:
-                temporary.touch()
+            save_json(self.cache / "config.json", asdict(config))
         except OSError as error:
             raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
 
@@ -1430,17 +1426,8 @@ class Run:
     def videos(self):
         """{"training", "heldout", "decorrelated": Video}; records them where need be."""
         folder = self.cache / f"video-{cache_key(self.config, RECORDING)}"
-
-        def compute(_):
-            start = time.monotonic()
-            frames = record(self.config, folder)
-            print(f"recorded {frames} frames, {frames / (time.monotonic() - start):.0f} a second")
-
-        self.cached("record", "video", folder.name[6:], compute)
-        main, decorrelated = (Video.open(folder / name) for name in ("main", "decorrelated"))
-        E = self.config.episodes
-        return dict(training=main.select(slice(0, E)), heldout=main.select(slice(E, None)),
-                    decorrelated=decorrelated)
+        self.cached("record", "video", folder.name[6:], lambda _: record(self.config, folder))
+        return {name: Video.open(folder / name) for name in ("training", "heldout", "decorrelated")}
 
     @functools.cached_property
     def segmented(self):
@@ -1450,26 +1437,9 @@ class Run:
             return None, {}, {}
 
         def compute(partial):
-            training = self.videos["training"]
-            e, t = np.nonzero(training.valid)
-            spread = np.linspace(0, len(e) - 1, config.keyframes).astype(int)
-            e, t = e[spread], t[spread]
-            frames, truth = training.frames[e, t], training.masks[e, t]
-            labels = truth
-            if config.masks == "sam":
-                predictor = load_sam(config.sam_model, config.sam_checkpoint, self.device)
-                if self.device.type == "cpu":  # 14 s each were measured on two cores
-                    print(f"{len(frames)} keyframes: vit_b takes ~{len(frames) * 14 // 60} minutes")
-                found, scores = segment(predictor, frames, config.prompt, partial)
-                labels = np.uint8(255) * found[np.arange(len(found)), choose_masks(found, scores)]
-            student = train_student(config, frames, labels, self.device)
-            masks, iou = {}, {"keyframes": mask_iou(labels, truth)}
-            for name, video in self.videos.items():
-                flat = video.frames.reshape(-1, *video.frames.shape[2:])
-                masks[name] = student_masks(student, flat).reshape(video.masks.shape)
-                iou[name] = mask_iou(masks[name][video.valid], video.masks[video.valid])
-            plot_masks(frames, labels, student_masks(student, frames), truth, masks["heldout"],
-                       self.videos["heldout"].masks, self.folder / "masks.png")
+            student, labels, masks, iou = segment_videos(config, self.videos, self.device, partial)
+            plot_masks(*labels, masks["heldout"], self.videos["heldout"].masks,
+                       self.folder / "masks.png")
             return student.state_dict(), {k: torch.from_numpy(m) for k, m in masks.items()}, iou
 
         key = cache_key(config, RECORDING + SEGMENTER)
@@ -1648,13 +1618,14 @@ def summarize(results: list[dict]) -> dict:
                                       median=float(np.median(values)), interval=t95 * std / n**0.5)
     return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
 def parse(argv):
     """Command line -> (config, the remaining options). Presets yield to flags given by name."""
-    parser = Parser(description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS)
+    def fail(message):
+        raise UserError(message)
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     argument_default=argparse.SUPPRESS)
+    parser.error = fail
     for f in fields(Config):
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)

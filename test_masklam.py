@@ -77,6 +77,7 @@ def test_every_config_field_is_a_documented_flag():
 @pytest.mark.parametrize("task, episodes, bar", [
     ("cheetah", 50, 4500),  # falls in about one of sixteen, so ten would say little
     ("hopper", 10, 2500),
+    ("swimmer", 10, 300),
 ])
 def test_experts_return_what_their_bars_ask_for(task, episodes, bar):
     inputs = masklam.state_env(task).observation_space.shape[0]
@@ -107,6 +108,24 @@ def test_expert_search_learns_to_move_forward():
     chance = masklam.state_rollout(("cheetah", None, 0, 1000, 0.0, 1.0))[0]
     assert masklam.load_expert(literal, 17).shape == (6, 18)
     assert np.mean(returns) > chance + 100
+
+
+def test_an_expert_for_an_environment_without_an_entry(monkeypatch, capsys):
+    """The printed entry is Python, says what was assumed, and makes the id a task."""
+    search = dict(directions=2, top=1, size=0.03, step=0.02, noise=0.1, gain=0.9, budget=100)
+    monkeypatch.setattr(masklam.Tasks, "__missing__", lambda self, env_id: masklam.Task(
+        env_id, None, 0.1, search, None))
+    assert masklam.main(["--task", "InvertedPendulum-v5", "--train-expert"]) == 0
+    text = capsys.readouterr().out
+    assert "assumed" in text and "return on ten unseen seeds" in text
+    entry = eval("{" + text[:text.index("return on")] + "}", {"Task": masklam.Task})
+    task = entry["InvertedPendulum-v5"]
+    assert task.search == search and task.camera[0] > 0
+    monkeypatch.setitem(masklam.TASKS, "InvertedPendulum-v5", task)
+    env = masklam.make_env(replace(SMOKE, task="InvertedPendulum-v5"))
+    _, info = env.reset(seed=0)
+    assert 0.005 < (info["mask"] >= 128).mean() < 0.5
+    assert masklam.load_expert(task.expert, len(info["state"])).shape == (1, 5)
 
 
 # -- renderer and distractors --------------------------------------------------------------------
@@ -207,7 +226,7 @@ def test_equal_seeds_give_equal_frames_and_others_do_not():
 
 def test_splits_share_no_seed():
     seeds = [masklam.episode_seed(replace(SMOKE, seed=s), split, i) for s in (0, 1)
-             for split in ("train", "heldout", "decorrelated", "evaluate") for i in range(300)]
+             for split in ("training", "heldout", "decorrelated", "evaluate") for i in range(300)]
     assert len(set(seeds)) == len(seeds)
 
 
@@ -236,20 +255,21 @@ def test_background_velocity_follows_the_action_as_much_as_asked(rho):
 
 def test_recorded_episodes_replay_exactly(tmp_path):
     frames = masklam.record(TINY, tmp_path)
-    video = Video.open(tmp_path / "main")
+    video = Video.open(tmp_path / "heldout")
     assert frames == 8 * 12 and (video.length == 12).all()
+    assert len(Video.open(tmp_path / "training").length) == 4
     env = masklam.make_env(TINY)
     frame, info = env.reset(seed=masklam.episode_seed(TINY, "heldout", 1))
     for t in range(12):
-        assert (video.frames[5, t] == frame).all() and (video.masks[5, t] == info["mask"]).all()
-        np.testing.assert_allclose(video.states[5, t], info["state"], rtol=1e-6)
-        frame, reward, _, _, info = env.step(video.actions[5, t])
-        assert abs(reward - video.rewards[5, t]) < 1e-4
-        assert (info["distractor"] == video.distractor[5, t]).all()
+        assert (video.frames[1, t] == frame).all() and (video.masks[1, t] == info["mask"]).all()
+        np.testing.assert_allclose(video.states[1, t], info["state"], rtol=1e-6)
+        frame, reward, _, _, info = env.step(video.actions[1, t])
+        assert abs(reward - video.rewards[1, t]) < 1e-4
+        assert (info["distractor"] == video.distractor[1, t]).all()
     assert abs(video.actions).max() <= 1
-    modified = os.stat(tmp_path / "main" / "frames.npy").st_mtime
+    modified = os.stat(tmp_path / "training" / "frames.npy").st_mtime
     assert masklam.record(TINY, tmp_path) == 0  # everything is there already
-    assert os.stat(tmp_path / "main" / "frames.npy").st_mtime == modified
+    assert os.stat(tmp_path / "training" / "frames.npy").st_mtime == modified
 
 
 def test_windows_equal_a_naive_loop_at_every_episode_edge():
@@ -610,7 +630,8 @@ def test_a_scarce_latent_goes_to_the_agent_with_the_mask_and_to_the_background_w
     video = Video(shown[..., None].repeat(3, -1), masks, actions, blank, blank[..., None],
                   distractor, np.full(E, T))
     parts = slice(0, 40), slice(40, 50), slice(50, 60)
-    windows = [Windows(video.select(part)) for part in parts]
+    windows = [Windows(Video(*(getattr(video, f.name)[part] for f in fields(Video))))
+               for part in parts]
     config = replace(TINY, image_size=16, patch=4, latent_dim=1, lam_updates=150, batch_size=64,
                      offset=1, lam_lr=3e-3)
     got = {}
@@ -687,6 +708,8 @@ def test_summary_gives_mean_deviation_and_interval():
 
 @pytest.mark.parametrize("flags, named", [
     (["--task", "dog"], ["--task", "'dog'", "cheetah"]),
+    (["--task", "CartPole-v1"], ["--task", "'CartPole-v1'", "MuJoCo"]),
+    (["--task", "Reacher-v5"], ["--task", "Reacher-v5", "--train-expert"]),
     (["--methods", "lapo", "vae"], ["--methods", "'vae'", "masklam"]),
     (["--preset", "huge"], ["--preset", "'huge'", "laptop"]),
     (["--distractor", "mild"], ["--distractor", "'mild'", "none, low, hard"]),
@@ -792,7 +815,7 @@ def test_damaged_and_foreign_cache_files_are_named(smoke, capsys):
         assert len(lines) == 1 and str(path) in lines[0]
         assert "--fresh" in lines[0] and (folder / "results.json").read_bytes() == results
     path.write_bytes(good)
-    frames = next((folder / "cache").glob("video-*/main/frames.npy"))
+    frames = next((folder / "cache").glob("video-*/training/frames.npy"))
     content = frames.read_bytes()
     frames.write_bytes(content[:5000])
     assert masklam.main(["--preset", "smoke", "--out", str(folder.parent)]) == 2
@@ -814,7 +837,7 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
     process = subprocess.Popen([sys.executable, str(HERE / "masklam.py"), "--preset", "smoke",
                                 "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("main/length.npy")) and time.monotonic() < deadline:
+    while not list(tmp_path.rglob("training/length.npy")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
