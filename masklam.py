@@ -23,10 +23,9 @@ background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the age
     python masklam.py --distractor none            the same with a clean background
     python masklam.py --task cheetah --train-expert      search the expert anew, print its literal
 
-A run takes nothing but a CPU and writes runs/<task>-<preset>-<distractor>-<seed>/: results.json,
-summary.png, masks.png, rollouts.gif, and a cache that a second run reuses. Every stage is a
-function of a Config and arrays that a notebook or a fork can call by itself; only section 14
-knows where files live.
+A run needs only a CPU and writes runs/<task>-<preset>-<distractor>-<seed>/: results.json, figures,
+an animation, and a cache that a second run reuses. Every stage is a function of a Config and arrays
+for notebooks and forks to call; only section 14 knows where files live.
 
 Shapes: E episodes, T steps, B batch, C H W image, A action, Z latent, D distractor velocities.
 """
@@ -210,13 +209,15 @@ TASKS = Tasks({
         "HalfCheetah-v5", (2.6, -8, 0), 0.45,
         dict(directions=32, top=8, size=0.1, step=0.02, noise=0.4, gain=0.8, budget=10_000_000,
              horizon=500),
-        "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7F$0wr?"
-        "O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_cyMWfH9Hz(ew"
-        "k1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h?qfL!u2B<{*%fEGWjS"),
+        "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7F$0w"
+        "r?O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_cyMWfH9H"
+        "z(ewk1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h?qfL!u2B<{*%"
+        "fEGWjS"),
     "hopper": Task(  # --train-expert, 18 minutes; returns 2828 +- 22 on ten unseen seeds
         "Hopper-v5", (3, -8, 0.2), 0.1,
         dict(directions=16, top=8, size=0.03, step=0.015, noise=0.15, gain=0.9, budget=8_000_000),
-        "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6AcCkz?"),
+        "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6AcCk"
+        "z?"),
     "swimmer": Task(  # --train-expert, 9 minutes; returns 358 +- 2 on ten unseen seeds
         "Swimmer-v5", (4.4, -90, 0), 0.3,
         dict(directions=4, top=2, size=0.03, step=0.02, noise=0.2, gain=0.9, budget=3_000_000),
@@ -327,7 +328,7 @@ def search_expert(name, seed):
     print(f'    "{name}": Task({assumed}\n        "{task.env_id}", {camera}, {task.noise},\n'
           f"        {task.search},", flush=True)
     literal, returns = train_expert(name, **task.search, seed=seed)
-    lines = "\n".join(f'        "{literal[i:i + 90]}"' for i in range(0, len(literal), 90))
+    lines = "\n".join(f'        "{literal[i:i + 88]}"' for i in range(0, len(literal), 88))
     print(f"{lines}, {task.options}),\nreturn on ten unseen seeds: {np.mean(returns):.0f} +- "
           f"{np.std(returns):.0f}")
 
@@ -979,8 +980,8 @@ class FDM(nn.Module):
         super().__init__()
         width = config.fdm_widths[-1]
         self.side = config.image_size // encoder_stride(config.patch, config.fdm_widths)
-        channels = (3 + config.mask_input) * 3
-        self.encoder = encoder(channels, config.patch, config.fdm_widths, config.blocks)
+        C = 3 + config.mask_input
+        self.encoder = encoder(3 * C, config.patch, config.fdm_widths, config.blocks)
         self.latent = nn.Linear(config.latent_dim, width * self.side**2)
         self.gate = config.gate
         self.merge = nn.Conv2d((3 if self.gate else 2) * width, width, 1)
@@ -1073,12 +1074,10 @@ def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None
 def make_lam(config, seed):
     """A fresh IDM and FDM with the weights that `seed` gives them."""
     torch.manual_seed(seed)
-    layout = dict(memory_format=torch.channels_last)
-    idm, fdm = FrameEncoder(config, 6, config.latent_dim), FDM(config)
-    return idm.to(**layout), fdm.to(**layout)
+    networks = FrameEncoder(config, 6, config.latent_dim), FDM(config)
+    return [network.to(memory_format=torch.channels_last) for network in networks]
 
-def train_lam(config, windows: Windows, background_weight, text="lam", report=None,
-              checkpoint=None):
+def train_lam(config, windows, background_weight, text="lam", report=None, checkpoint=None):
     """Train a latent action model; -> (idm, fdm, history). report(idm) -> held-out probe NMSE."""
     idm, fdm = (module.to(windows.device) for module in make_lam(config, config.seed))
 
@@ -1162,19 +1161,20 @@ def regress(config, module, predict, targets, chosen, updates, lr, text, checkpo
 
     train([module], loss, updates, lr, text, checkpoint)
 
-def clone(config, windows: Windows, targets: np.ndarray, text, chosen, future=False,
-          checkpoint=None):
+def clone(config, windows, targets, text, chosen, future=False, checkpoint=None):
     """Behaviour cloning from frames: regress targets (len(windows), Z or A) on the stack before.
 
     chosen: the windows to learn from. With `future` the network sees the stack after too (k = 1),
     so that with true actions as targets it is a supervised IDM: what no latent beats by much.
     """
     torch.manual_seed(config.seed + 1)
-    policy = FrameEncoder(config, 6 if future else 3, targets.shape[1]).to(windows.device)
-    policy.to(memory_format=torch.channels_last)
+    policy = FrameEncoder(config, 6 if future else 3, targets.shape[1])
+    policy.to(windows.device, memory_format=torch.channels_last)
     stacks = lambda batch: windows.batch(batch)[:2] if future else [windows.before(batch)]
-    regress(config, policy, lambda batch: policy(*stacks(batch)), targets, chosen,
-            config.policy_updates, config.policy_lr, text, checkpoint)
+    updates = config.lam_updates if future else config.policy_updates
+    lr = config.lam_lr if future else config.policy_lr
+    regress(config, policy, lambda batch: policy(*stacks(batch)), targets, chosen, updates, lr,
+            text, checkpoint)
     return policy.eval()
 
 def make_decoder(latent_dim, action_dim):
@@ -1199,8 +1199,8 @@ def train_decoder(config, policy, windows: Windows, chosen):
 def rollout(job):
     """Episodes of (config, pickled (policy, student or None), seeds) -> (returns (n,), film).
 
-    The policy maps (n, 3 C, H, W) to actions (n, A); the student masks what it sees, instead of the
-    simulator. film: (t, H, W, 3) u8 of the first episode, t <= 200.
+    The policy maps (n, 3 C, H, W) to actions (n, A); the student (or the simulator) masks what it
+    sees. film: (t, H, W, 3) u8 of the first episode, t <= 200.
     """
     config, pickled, seeds = job
     (policy, student), factor = pickle.loads(pickled), config.frame_size // config.image_size
@@ -1274,8 +1274,9 @@ def plot_summary(results, histories, predictions, path):
     histories: {method: [(step, loss, held-out NMSE)]}. predictions: {method: (true, predicted,
     mask)}, each (H, W, 3) or (H, W) u8.
     """
-    figure = Figure(figsize=(14, 3.2 + 2.4 * len(histories)))
-    top, below = figure.subfigures(2, 1, height_ratios=[3.2, 2.4 * len(histories)])
+    heights = [3.2, 2.4 * len(histories)]
+    figure = Figure(figsize=(14, sum(heights)))
+    top, below = figure.subfigures(2, 1, height_ratios=heights)
     axes, grid = top.subplots(1, 4), below.subplots(len(histories), 4, squeeze=False)
     for ax, key in zip(axes, ("probe_nmse", "return_mean")):
         rows = {n: r for n, r in results["methods"].items() if key in r}
@@ -1522,7 +1523,8 @@ class Run:
         direct = name not in METHODS  # cloned from actions, with no latent action in between
         future = name == "supervised-idm"
         if direct:
-            key = cache_key(config, RECORDING + POLICY + self.mask_fields(), name, len(labelled))
+            training_fields = RECORDING + (MODEL if future else POLICY) + self.mask_fields()
+            key = cache_key(config, training_fields, name, len(labelled))
         else:
             key = cache_key(config, POLICY + DECODER, self.lam_key(name))
 
