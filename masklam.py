@@ -37,6 +37,7 @@ import base64
 import contextlib
 import copy
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -1400,6 +1401,8 @@ class Run:
     def __init__(self, config: Config, folder: Path, device, fresh=False):
         self.config, self.folder, self.device = config, folder, device
         self.cache, self.seconds = folder / "cache", {}
+        for name in ("lam", "probe", "policy", "evaluate"):  # results live as long as this object
+            setattr(self, name, functools.cache(getattr(self, name)))
         try:
             if fresh and self.cache.exists():
                 shutil.rmtree(self.cache)
@@ -1478,7 +1481,6 @@ class Run:
     def background_weight(self, method):
         return self.config.background_weight if method == "masklam" else METHODS.get(method)
 
-    @functools.cache
     def lam(self, method):
         """-> (idm, fdm, history) of a method."""
         training, heldout, _ = self.windows
@@ -1501,7 +1503,6 @@ class Run:
             module.load_state_dict(state)
         return idm, fdm, history
 
-    @functools.cache
     def probe(self, method):
         """-> the probe's numbers for the frozen IDM of a method, or for the supervised one."""
         if method in METHODS:
@@ -1514,7 +1515,6 @@ class Run:
         print(f"{method}: probe NMSE {numbers['probe_nmse']:.3f}, R2 {numbers['probe_r2']:.3f}")
         return numbers
 
-    @functools.cache
     def policy(self, name):
         """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
         config, training = self.config, self.windows[0]
@@ -1545,7 +1545,6 @@ class Run:
             module.load_state_dict(state)
         return nn.Sequential(cloned, decode).eval(), key, len(labelled)
 
-    @functools.cache
     def evaluate(self, name):
         """-> (returns, film) of a pixel policy, or (returns, None) of "expert" and "random"."""
         if name in ("expert", "random"):
@@ -1624,7 +1623,6 @@ def parse(argv):
     """Command line -> (config, the remaining options). Presets yield to flags given by name."""
     def fail(message):
         raise UserError(message)
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
@@ -1684,6 +1682,8 @@ def main(argv=None):
                 results.append(result)
                 print(table(result))
                 print(f"masks: {config.masks}; files:", *sorted(map(str, run.folder.glob("*.*"))))
+            del run
+            gc.collect()  # gigabytes of video, before the next seed
         if options.seeds and results:
             path = Path(options.out) / (tag.rsplit("-", 1)[0] + "-summary.json")
             save_json(path, summarize(results))

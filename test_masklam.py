@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import hashlib
 import http.server
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent import futures
 from dataclasses import fields, replace
 from pathlib import Path
@@ -768,6 +770,17 @@ def test_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(smoke)
     added = sorted(p.name.rsplit("-", 1)[0] for p in set(now) - set(cached))
     assert added == ["evaluate-labels-only", "evaluate-lapo", "evaluate-masklam",
                      "policy-labels-only", "policy-lapo", "policy-masklam"]
+
+
+def test_a_finished_run_gives_its_memory_back(smoke):
+    folder, _, results = smoke
+    config = replace(SMOKE, masks="simulator")
+    run = masklam.Run(config, folder, torch.device("cpu"))
+    assert run.probe("masklam")["probe_nmse"] == results["methods"]["masklam"]["probe_nmse"]
+    gone = weakref.ref(run)
+    del run
+    gc.collect()
+    assert gone() is None
 
 
 def test_masks_as_input_and_degraded_masks_leave_lapo_alone(smoke):
