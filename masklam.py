@@ -1289,13 +1289,13 @@ def plot_summary(results, histories, predictions, path):
         axes[2].plot(steps, np.array(losses) / losses[0], "o-", color=COLORS[name], label=name)
         axes[3].plot(steps, nmses, "o-", color=COLORS[name], label=name)
         true, predicted, mask = predictions[name]
-        pictures = {"next frame": true, f"{name}: prediction": predicted, "mask": mask,
-                    "absolute error, doubled": 2 * np.abs(true - predicted.astype(int)).mean(-1)}
+        error = np.abs(true - predicted.astype(int)).mean(-1)
+        pictures = {"next frame": true, f"{name}: prediction": predicted,
+                    "absolute error, doubled": 2 * error, "mask": mask}
         for ax, (title, picture) in zip(row, pictures.items()):
             ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
             ax.set_title(title, fontsize=9)
             ax.axis("off")
-    axes[2].set_yscale("log")
     axes[3].set_ylim(0, 1.1)
     axes[3].legend(fontsize=8)
     for ax, title in zip(axes, ("probe NMSE of the action (lower is better)",
