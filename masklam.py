@@ -844,8 +844,11 @@ def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
         gain, shift = torch.from_numpy(stretch).to(device).unbind(-1)
         with autocast(device):
             logits = student(batch[:, :3] * gain + shift)
-        found, true = logits.float().sigmoid(), batch[:, 3:] + 0.5
-        return 1 - (found * true).sum() / (found + true - found * true).sum()  # 1 - soft IoU
+        logits, true = logits.float(), batch[:, 3:] + 0.5
+        found = logits.sigmoid()
+        soft_iou = (found * true).sum() / (found + true - found * true).sum()
+        # Without the cross entropy a student may find nothing anywhere, where gradients vanish.
+        return F.binary_cross_entropy_with_logits(logits, true) + 1 - soft_iou
 
     train([student], loss, config.student_updates, 3e-3, "student")
     return student.eval()
@@ -884,6 +887,8 @@ def segment_videos(config, videos, device, checkpoint=None):
         flat = video.frames.reshape(-1, *video.frames.shape[2:])
         masks[name] = student_masks(student, flat).reshape(video.masks.shape)
         iou[name] = mask_iou(masks[name][video.valid], video.masks[video.valid])
+        if masks[name].max() < 128:
+            raise UserError(f"the student of --masks {config.masks} sees no agent in {name} video")
     return student, (frames, labels, student_masks(student, frames), truth), masks, iou
 
 def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
@@ -1106,10 +1111,7 @@ def latents(idm, windows: Windows, chosen=None) -> np.ndarray:
 # In: latent actions and true actions of training and held-out episodes. Out: how much of the action
 # a linear map reads from the latent. Closed form, so nothing is tuned and nothing can diverge.
 def ridge(inputs, targets, penalty=1e-4):
-    """Ridge regression with intercept in closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A).
-
-    Inputs are standardised; penalty is relative to the number of samples.
-    """
+    """Ridge regression with intercept, closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A)."""
     inputs, targets = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
     center, scale, offset = inputs.mean(0), inputs.std(0) + 1e-8, targets.mean(0)
     X = (inputs - center) / scale
@@ -1163,10 +1165,9 @@ def regress(config, module, predict, targets, chosen, updates, lr, text, checkpo
     train([module], loss, updates, lr, text, checkpoint)
 
 def clone(config, windows, targets, text, chosen, future=False, checkpoint=None):
-    """Behaviour cloning from frames: regress targets (len(windows), Z or A) on the stack before.
+    """Behaviour cloning: regress targets (len(windows), Z or A) on the stack before, of `chosen`.
 
-    chosen: the windows to learn from. With `future` the network sees the stack after too (k = 1),
-    so that with true actions as targets it is a supervised IDM: what no latent beats by much.
+    With `future` the network sees the stack after too (k = 1): a supervised IDM, on true actions.
     """
     torch.manual_seed(config.seed + 1)
     policy = FrameEncoder(config, 6 if future else 3, targets.shape[1])
@@ -1270,10 +1271,9 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 def plot_summary(results, histories, predictions, path):
-    """Bars of NMSE and return, the LAMs' training, and what each FDM predicted.
+    """Bars of NMSE and return, {method: history} of `train`, and what each FDM predicted.
 
-    histories: {method: [(step, loss, held-out NMSE)]}. predictions: {method: (true, predicted,
-    mask)}, each (H, W, 3) or (H, W) u8.
+    predictions: {method: (true, predicted, mask)}, each (H, W, 3) or (H, W) u8.
     """
     heights = [3.2, 2.4 * len(histories)]
     figure = Figure(figsize=(14, sum(heights)))

@@ -522,6 +522,15 @@ def test_a_student_learns_from_keyframes_to_mask_unseen_backgrounds():
     assert masklam.mask_iou(masklam.student_masks(student, unseen), truth) >= 0.7
 
 
+def test_a_student_that_sees_no_agent_is_an_error(monkeypatch):
+    student = masklam.Student()
+    torch.nn.init.constant_(student.head.bias, -100)
+    monkeypatch.setattr(masklam, "train_student", lambda *_: student)
+    config = replace(SMOKE, masks="student", keyframes=4)
+    with pytest.raises(masklam.UserError, match="student"):
+        masklam.segment_videos(config, {"training": random_video(size=16)}, torch.device("cpu"))
+
+
 # -- loss, networks, training --------------------------------------------------------------------
 
 
