@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch==2.15.0", "torchvision==0.29.2", "mujoco==4.0.0", "tqdm==4.70.1",
-#     "gymnasium[mujoco]==1.4.0", "segment-anything==1.0", "numpy==2.4.6", "matplotlib==3.11.2",
-#     "jupyter==1.1.1", "pytest==9.2.0"]
+# dependencies = ["torch==2.15.0", "torchvision==0.29.2", "mujoco==4.0.0",
+#     "gymnasium[mujoco]==1.4.0", "segment-anything==1.0", "numpy==2.4.6", "tqdm==4.70.1",
+#     "matplotlib==3.11.2", "jupyter==1.1.1", "pytest==9.2.0"]
 # ///
 """MaskLAM in one file: latent actions from video whose background moves too.
 
