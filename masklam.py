@@ -20,7 +20,6 @@ background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the age
     python masklam.py --task cheetah               record, train both, probe, act, compare
     python masklam.py --preset smoke               every stage in a minute, to see that it works
     python masklam.py --seeds 3                    seeds 0, 1, 2 and their summary.json
-    python masklam.py --distractor none            the same with a clean background
     python masklam.py --task cheetah --train-expert      search the expert anew, print its literal
 
 A run needs only a CPU and writes runs/<task>-<preset>-<distractor>-<seed>/: results.json, figures,
@@ -631,13 +630,17 @@ def worker_pool():
     context = multiprocessing.get_context("spawn")  # fork does not mix with threads
     pool = futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker)
     try:
-        # What starts while SIGINT is held back never gets it; this process does, a moment later.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # Workers inherit a blocked SIGINT; this process acts on it when all have started.
+        caught, held = [], signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        previous = signal.signal(signal.SIGINT, lambda *_: caught.append(True))
         try:
             for _ in range(os.cpu_count()):
                 pool.submit(os.getpid)  # each starts a process
         finally:
+            signal.signal(signal.SIGINT, previous)
             signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        if caught:  # by another thread
+            raise KeyboardInterrupt
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
@@ -758,10 +761,7 @@ def sam_path(model: str, file: str = "") -> Path:
     return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
 
 def load_sam(model: str, file: str, device):
-    """The official SamPredictor of vit_b, vit_l or vit_h; UserError if that fails.
-
-    Without `file` the official checkpoint is downloaded once, its hash checked on the way.
-    """
+    """Official SamPredictor; without `file` its checkpoint is downloaded once, hash checked."""
     from segment_anything import SamPredictor, sam_model_registry  # slow to import, rarely needed
     path = sam_path(model, file)
     try:
