@@ -169,7 +169,7 @@ def check_config(config: Config):
     if config.frame_size % config.image_size:
         raise UserError(f"--image-size is {config.image_size}; allowed: what divides --frame-size "
                         f"{config.frame_size}")
-    stride = config.patch * 2 ** (len(config.idm_widths) - (config.patch > 1))
+    stride = encoder_stride(config.patch, config.idm_widths)
     if config.image_size % stride or len(config.idm_widths) != len(config.fdm_widths):
         raise UserError(f"--image-size {config.image_size} must be a multiple of {stride} (--patch "
                         "and one halving a stage), with as many --fdm-widths as --idm-widths")
@@ -886,7 +886,7 @@ def segment_videos(config, videos, device, checkpoint=None):
     for name, video in videos.items():
         flat = video.frames.reshape(-1, *video.frames.shape[2:])
         masks[name] = student_masks(student, flat).reshape(video.masks.shape)
-        iou[name] = mask_iou(masks[name][video.valid], video.masks[video.valid])
+        iou[name] = mask_iou(masks[name], video.masks, video.valid)
         if masks[name].max() < 128:
             raise UserError(f"the student of --masks {config.masks} sees no agent in {name} video")
     return student, (frames, labels, student_masks(student, frames), truth), masks, iou
@@ -909,9 +909,9 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
             mask[max(y[i] - h, 0):y[i] + h, max(x[i] - w, 0):x[i] + w] = 0
     return worse
 
-def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
-    a, b = a >= 128, b >= 128
+    a, b = a[where] >= 128, b[where] >= 128
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 # ==== 8. Networks =================================================================================
@@ -1460,7 +1460,7 @@ class Run:
             if any(getattr(self.config, flag) for flag in MASKS):
                 found = np.stack([degrade(self.config, episode, random(self.config.seed, name, i))
                                   for i, episode in enumerate(found)])
-                iou = iou | {name: mask_iou(found[video.valid], video.masks[video.valid])}
+                iou = iou | {name: mask_iou(found, video.masks, video.valid)}
             video = replace(video, masks=found).shrink(self.config.image_size)
             windows.append(Windows(video, self.device, self.config.mask_input))
         if iou:
