@@ -201,26 +201,28 @@ class Tasks(dict):
     """Tasks by name; any other name is taken for an environment id, with no expert yet."""
 
     def __missing__(self, env_id):
-        return Task(env_id, None, 0.1, dict(directions=16, top=8, size=0.03, step=0.02, noise=0.1,
-                                            gain=0.9, budget=5_000_000), None)
+        return Task(env_id, None, 0.1, {}, None)
 
 TASKS = Tasks({
     "cheetah": Task(  # --train-expert, 9 minutes; returns 4714 on average of 100 seeds, falls in 6
         "HalfCheetah-v5", (2.6, -8, 0), 0.45,
-        dict(directions=32, top=8, size=0.1, step=0.02, noise=0.4, gain=0.8, budget=10_000_000,
-             horizon=500),
+        dict(directions=32, top=8, size=0.1, noise=0.4, gain=0.8, budget=10_000_000, horizon=500),
         "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7F$0w"
         "r?O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_cyMWfH9H"
         "z(ewk1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h?qfL!u2B<{*%"
         "fEGWjS"),
     "hopper": Task(  # --train-expert, 18 minutes; returns 2828 +- 22 on ten unseen seeds
-        "Hopper-v5", (3, -8, 0.2), 0.1,
-        dict(directions=16, top=8, size=0.03, step=0.015, noise=0.15, gain=0.9, budget=8_000_000),
+        "Hopper-v5", (3, -8, 0.2), 0.1, dict(step=0.015, budget=8_000_000),
         "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6AcCk"
         "z?"),
+    "walker": Task(  # --train-expert, 23 minutes; returns 4526 +- 55 on ten unseen seeds
+        "Walker2d-v5", (2.4, -8, 0), 0.1, dict(directions=24, top=12, shift=0.5, horizon=500),
+        "b-Zdhb+NU)-8BBSuCMvDA+t6ydbBC5Dj~X<_9XKl0;c1s@w*eeCpaQCzP!^m1hl`LC@`NcZMn-In;y2Vm8qp9{w9"
+        "nj(7lR2IlXc(N-86>+_(ogq^L`<K(jWYxGdZ%JtRh~3!(WXUNQ{4MK++kL9RqO*ttqELa`Pwt**zah^R@cU8(66D"
+        "j_-~h{8!VX}nN2F1+_Q3Z9O)pt#zu&$$Mx+axZjKN*6bx2<Zge7%4`@wsTUQYtVrv^BdpzA#I(5iH@NxFD;b3nTT"
+        "WkEL&^", dict(frame_skip=10)),
     "swimmer": Task(  # --train-expert, 9 minutes; returns 358 +- 2 on ten unseen seeds
-        "Swimmer-v5", (4.4, -90, 0), 0.3,
-        dict(directions=4, top=2, size=0.03, step=0.02, noise=0.2, gain=0.9, budget=3_000_000),
+        "Swimmer-v5", (4.4, -90, 0), 0.3, dict(directions=4, top=2, noise=0.2, budget=3_000_000),
         "46Nuj*ejH~I4-0(2CY^stgsC!>XffH*tl4(>NZ)k3N#-s"),
 })
 
@@ -272,13 +274,15 @@ def fold_whitening(weights, mean, std):
     """Policy on (state - mean) / std -> the same policy on the state, (A, 1 + S)."""
     return np.c_[-(weights / std) @ mean, weights / std]
 
-def train_expert(task, directions, top, size, step, noise, gain, budget, horizon=1000, seed=0):
+def train_expert(task, directions=16, top=8, size=0.03, step=0.02, noise=0.15, gain=0.9,
+                 shift=1.0, budget=4_000_000, horizon=1000, seed=0):
     """Augmented random search for a linear policy that survives being imitated.
 
     Each iteration tries `directions` random directions, normal of scale `size`, both ways and
     moves by `step` (decaying to a fifth) along the `top` best. Observations are whitened by running
-    statistics; what a step pays for being upright is subtracted, so that standing still earns
-    nothing. Clones err and regress to the mean, and plain ARS finds gaits that topple over that:
+    statistics. What a step pays for being upright is subtracted, so that standing still earns
+    nothing; with `shift` < 1 only that part of it at first, so that a body learns to stand before
+    it walks. Clones err and regress to the mean, and plain ARS finds gaits that topple over that:
     so `size` is large, and an episode's actions are shrunk by a factor from `gain` to 1 and
     disturbed by noise of a scale from 0 to `noise`. Every 320 directions ten fixed episodes, half
     of them disturbed, decide whether this is the best policy so far. Stops after `budget` steps.
@@ -286,7 +290,7 @@ def train_expert(task, directions, top, size, step, noise, gain, budget, horizon
     """
     env = state_env(task)
     A, S = env.action_space.shape[0], env.observation_space.shape[0]
-    shift = getattr(env, "_healthy_reward", 0)
+    upright = getattr(env, "_healthy_reward", 0)
     weights, mean, std = np.zeros((A, S)), np.zeros(S), np.ones(S)
     count, sums, squares, rng = 0, np.zeros(S), np.zeros(S), random(seed, "expert")
     best, best_return, iteration = None, -np.inf, 0
@@ -295,7 +299,8 @@ def train_expert(task, directions, top, size, step, noise, gain, budget, horizon
             seeds = [int(s) for s in rng.integers(2**31, size=directions)]
             jobs = [(task, weights, mean, std, size, s, horizon, noise, gain) for s in seeds]
             pairs = list(pool.map(search_pair, jobs, chunksize=4))
-            returns = np.array([[total - shift * n for total, n, *_ in pair] for pair in pairs])
+            paid = upright * np.clip(count / (0.15 * budget), shift, 1)
+            returns = np.array([[total - paid * n for total, n, *_ in pair] for pair in pairs])
             chosen = np.argsort(-returns.max(1))[:top]
             moves = sum((returns[i, 0] - returns[i, 1])
                         * random(seeds[i], "direction").standard_normal((A, S)) for i in chosen)
@@ -1332,10 +1337,8 @@ def save_figure(figure, path):
 def save_animation(films, path, scale=3):
     """Side-by-side GIF of {title: (t, H, W, 3) u8}, 20 frames a second."""
     longest = max(len(film) for film in films.values())
-    rows = []
-    for film in films.values():
-        still = np.repeat(film[-1:], longest - len(film), 0)  # a film that ended stays on its end
-        rows.append(np.pad(np.concatenate([film, still]), ((0, 0), (0, 0), (0, 2), (0, 0))))
+    rows = [np.pad(film[np.arange(longest).clip(max=len(film) - 1)],  # what ended stands still
+                   ((0, 0), (0, 0), (0, 2), (0, 0))) for film in films.values()]
     frames = np.concatenate(rows, 2).repeat(scale, 1).repeat(scale, 2)
     images = [Image.fromarray(frame).quantize(64) for frame in frames]
     with written_whole(path) as temporary:
@@ -1401,6 +1404,7 @@ class Run:
     def __init__(self, config: Config, folder: Path, device, fresh=False):
         self.config, self.folder, self.device = config, folder, device
         self.cache, self.seconds = folder / "cache", {}
+        self.weights = METHODS | {"masklam": config.background_weight}
         for name in ("lam", "probe", "policy", "evaluate"):  # results live as long as this object
             setattr(self, name, functools.cache(getattr(self, name)))
         try:
@@ -1470,16 +1474,13 @@ class Run:
 
     def mask_fields(self, method=None):
         """The config's mask fields if they matter to a method or reference, as lapo's do not."""
-        weighted = method in METHODS and self.background_weight(method) != 1
+        weighted = self.weights.get(method, 1) != 1
         segmenter = SEGMENTER if self.config.masks != "simulator" else ()
         return MASKS + segmenter if weighted or self.config.mask_input else ()
 
     def lam_key(self, method):
         return cache_key(self.config, RECORDING + MODEL + self.mask_fields(method), method,
-                         self.background_weight(method))
-
-    def background_weight(self, method):
-        return self.config.background_weight if method == "masklam" else METHODS.get(method)
+                         self.weights[method])
 
     def lam(self, method):
         """-> (idm, fdm, history) of a method."""
@@ -1493,8 +1494,8 @@ class Run:
             return float(nmse(unseen, heldout.actions(sample[1])).mean())
 
         def compute(partial):
-            idm, fdm, history = train_lam(self.config, training, self.background_weight(method),
-                                          method, probe_nmse, partial)
+            idm, fdm, history = train_lam(self.config, training, self.weights[method], method,
+                                          probe_nmse, partial)
             return idm.state_dict(), fdm.state_dict(), history
 
         *states, history = self.cached("lam", method, self.lam_key(method), compute)
@@ -1620,7 +1621,7 @@ def summarize(results: list[dict]) -> dict:
     return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
 
 def parse(argv):
-    """Command line -> (config, the remaining options). Presets yield to flags given by name."""
+    """Command line -> (config, all options given). Presets yield to flags given by name."""
     def fail(message):
         raise UserError(message)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
@@ -1645,11 +1646,10 @@ def parse(argv):
                         help="search the task's expert and print its literal")
     argv = "\n".join(sys.argv[1:] if argv is None else argv)  # --prompt -3,4 is no other flag
     argv = re.sub("^--prompt\n-", "--prompt=-", argv, flags=re.MULTILINE).splitlines()
-    given = vars(parser.parse_args(argv))
-    names = {f.name for f in fields(Config)}
-    options = argparse.Namespace(**{k: v for k, v in given.items() if k not in names})
+    options = parser.parse_args(argv)
     options.preset = options.preset or ("gpu" if torch.cuda.is_available() else "laptop")
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
+    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()
+              if hasattr(Config, k)}
     config = Config(**PRESETS[options.preset] | chosen)
     check_config(config)
     if options.seeds is not None and not 1 <= options.seeds <= 1000:

@@ -79,6 +79,7 @@ def test_every_config_field_is_a_documented_flag():
 @pytest.mark.parametrize("task, episodes, bar", [
     ("cheetah", 50, 4500),  # falls in about one of sixteen, so ten would say little
     ("hopper", 10, 2500),
+    ("walker", 10, 2500),
     ("swimmer", 10, 300),
 ])
 def test_experts_return_what_their_bars_ask_for(task, episodes, bar):
