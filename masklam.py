@@ -1311,8 +1311,8 @@ def plot_summary(results, histories, predictions, path):
     save_figure(figure, path)
 
 def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
-    """Keyframes with the best, median and worst label; the agent's area in held-out episodes."""
-    order = np.argsort([-mask_iou(a, b) for a, b in zip(labels, truth)])
+    """Keyframes with the best, median, worst label (or student); area in held-out episodes."""
+    order = np.lexsort([[-mask_iou(a, b) for a, b in zip(x, truth)] for x in (students, labels)])
     figure = Figure(figsize=(11, 5))
     left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
     pictures = {"frame": frames, "label": labels, "student": students, "simulator": truth}
