@@ -915,7 +915,7 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
     return worse
 
 def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
-    """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
+    """Intersection over union of two u8 masks of one shape, agent = 128 and above, at `where`."""
     a, b = a[where] >= 128, b[where] >= 128
     return float((a & b).sum() / max((a | b).sum(), 1))
 
