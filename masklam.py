@@ -36,7 +36,6 @@ import base64
 import contextlib
 import copy
 import functools
-import gc
 import hashlib
 import json
 import math
@@ -166,13 +165,12 @@ def check_config(config: Config):
     except (gym.error.Error, AttributeError) as error:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
                         f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
-    if config.frame_size % config.image_size:
-        raise UserError(f"--image-size is {config.image_size}; allowed: what divides --frame-size "
-                        f"{config.frame_size}")
     stride = encoder_stride(config.patch, config.idm_widths)
-    if config.image_size % stride or len(config.idm_widths) != len(config.fdm_widths):
-        raise UserError(f"--image-size {config.image_size} must be a multiple of {stride} (--patch "
-                        "and one halving a stage), with as many --fdm-widths as --idm-widths")
+    if config.frame_size % config.image_size or config.image_size % stride:
+        raise UserError(f"--image-size is {config.image_size}; allowed: multiples of {stride} "
+                        f"(--patch, one halving a stage) dividing --frame-size {config.frame_size}")
+    if len(config.idm_widths) != len(config.fdm_widths):
+        raise UserError("--fdm-widths and --idm-widths must have the same number of stages")
     if config.labels > config.episodes * config.steps:
         raise UserError(f"--labels is {config.labels}; allowed: 1 to {config.episodes} episodes "
                         f"times {config.steps} steps")
@@ -183,27 +181,21 @@ def random(*purpose) -> np.random.Generator:
                                   for p in purpose])
 
 # ==== 3. Tasks and experts ========================================================================
-# A task is a Gymnasium MuJoCo environment, a camera that keeps its agent large and whole, and an
-# expert to record. An expert is one small matrix, found by augmented random search (ARS V2-t,
-# arXiv 1803.07055) with the trainer below: linear policies run well, and fit into this file.
+# A task is a Gymnasium MuJoCo environment, a camera that keeps its agent whole and a twentieth of
+# the frame, and an expert to record: one small matrix, found by augmented random search (ARS V2-t,
+# arXiv 1803.07055) with the trainer below. Linear policies run well, and fit into this file.
 @dataclass(frozen=True)
 class Task:
     """An environment, its camera, the search that found its expert, and the expert itself."""
 
     env_id: str
-    camera: tuple[float, float, float] | None  # see AgentRenderer
-    noise: float  # largest action noise of a recording, of actions scaled to [-1, 1]
-    search: dict  # arguments of `train_expert`
-    expert: str | None  # (A, 1 + S) float16 in base 85: bias, then weights, of a linear policy
+    camera: tuple[float, float, float] | None = None  # see AgentRenderer
+    noise: float = 0.1  # largest action noise of a recording, of actions scaled to [-1, 1]
+    search: dict = field(default_factory=dict)  # arguments of `train_expert`
+    expert: str = ""  # (A, 1 + S) float16 in base 85: bias, then weights, of a linear policy
     options: dict = field(default_factory=dict)  # of gym.make
 
-class Tasks(dict):
-    """Tasks by name; any other name is taken for an environment id, with no expert yet."""
-
-    def __missing__(self, env_id):
-        return Task(env_id, None, 0.1, {}, None)
-
-TASKS = Tasks({
+TASKS = {
     "cheetah": Task(  # --train-expert, 9 minutes; returns 4714 on average of 100 seeds, falls in 6
         "HalfCheetah-v5", (2.6, -8, 0), 0.45,
         dict(directions=32, top=8, size=0.1, noise=0.4, gain=0.8, budget=10_000_000, horizon=500),
@@ -211,10 +203,10 @@ TASKS = Tasks({
         "r?O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_cyMWfH9H"
         "z(ewk1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h?qfL!u2B<{*%"
         "fEGWjS"),
-    "hopper": Task(  # --train-expert, 18 minutes; returns 2828 +- 22 on ten unseen seeds
-        "Hopper-v5", (3, -8, 0.2), 0.1, dict(step=0.015, budget=8_000_000),
-        "Gp#qYYQ%0auQ`q@2r-NhExMGg5HX^UU8|S6EW)F@khZ|HZZ?4?T)DI~O1K3ow6ZxpB*i*BLb2qxWV&dwud*6AcCk"
-        "z?"),
+    "hopper": Task(  # --train-expert, 16 minutes; returns 3264 +- 5 on ten unseen seeds
+        "Hopper-v5", (2.4, -8, 0.3), 0.1, dict(step=0.015, horizon=500),
+        "*TM=v>A;@7&8Y`6<TWp?iM9W)mnb2NUAu)mZNw}+%eiN?LA9hTl(x4rZKio8@xU8HV!Zx9V?Zsn2DrnnrK6!RtfY"
+        "-8", dict(frame_skip=10)),
     "walker": Task(  # --train-expert, 23 minutes; returns 4526 +- 55 on ten unseen seeds
         "Walker2d-v5", (2.4, -8, 0), 0.1, dict(directions=24, top=12, shift=0.5, horizon=500),
         "b-Zdhb+NU)-8BBSuCMvDA+t6ydbBC5Dj~X<_9XKl0;c1s@w*eeCpaQCzP!^m1hl`LC@`NcZMn-In;y2Vm8qp9{w9"
@@ -224,7 +216,22 @@ TASKS = Tasks({
     "swimmer": Task(  # --train-expert, 9 minutes; returns 358 +- 2 on ten unseen seeds
         "Swimmer-v5", (4.4, -90, 0), 0.3, dict(directions=4, top=2, noise=0.2, budget=3_000_000),
         "46Nuj*ejH~I4-0(2CY^stgsC!>XffH*tl4(>NZ)k3N#-s"),
-})
+    "ant": Task(  # --train-expert, 17 minutes; returns 3405 on average of 40 seeds, falls in 13
+        "Ant-v5", (4.2, -35, -0.1), 0.1,
+        dict(directions=32, top=16, size=0.05, noise=0.1, shift=0, horizon=150),
+        "F~Ar@G(3JbDZt(|6)w3j4zLk2_AE&#-MJ3E5+t!L4KPhD)~iaXyC~(Hn5i!(WF^6^)vE-lAVVs_qP-zFwl7vUR+P"
+        "B6khBr9Xs{r-dN$y?Hmznct|`(fYb&-K7$DOj$|Dvmhoh^fah?saLN&3vV77)WvAM3U3%7qYV6W^ckT_nh+_x$+J"
+        "g^2YKcu}RrY`d^gt66-A0y$OmL-UtktIGJUN)vWTDUvEGCa4kG%h5xH92f0ku?#ty||aM+^oJMeW~N9OelF1^pCc"
+        "#wIK_uxTNMMe4Pp?NkLM?UA87PKs_5Z9J55al)2Hl8!@%Ag{A~IA+NwKpDaY795HY$swZTgRH{`R^CQ+Ec%wcl+q"
+        "MKMT{_e~EUC_|urHL9bu@0ZSu}Y!?yxqutt^NsrmP?*OQ;$phb7ym4Iz=Tm8hH?&?F|Gv$IM(PdWm<(mY5$+O-_E"
+        "G$v3Ss=1Rnqb7&1k1G2uIxeE0z$RiW&>u4#s~t0$tg-VcWg!Qf%DY}9zdcPjygXkkGO<1_;;8yG7Oes?jWi{*z%3"
+        "OX!KBBRt)z{Wr=pl279mNfU#Y{g&LU`_",
+        dict(include_cfrc_ext_in_observation=False)),
+}
+
+def get_task(name: str) -> Task:
+    """The task of this name; any other name is taken for an environment id, with no expert yet."""
+    return TASKS.get(name, Task(name))
 
 def load_expert(text: str, inputs: int) -> np.ndarray:
     """Literal of a Task -> (A, 1 + S) f64."""
@@ -237,7 +244,8 @@ def expert_action(expert: np.ndarray, state: np.ndarray) -> np.ndarray:
 def bare_env(task: str):
     """A task's environment without wrappers and time limit; it observes the state."""
     mujoco.set_mju_user_warning(lambda _: None)  # models' deprecations, also to ./MUJOCO_LOG.TXT
-    return gym.make(TASKS[task].env_id, disable_env_checker=True, **TASKS[task].options).unwrapped
+    entry = get_task(task)
+    return gym.make(entry.env_id, disable_env_checker=True, **entry.options).unwrapped
 
 state_env = functools.cache(bare_env)  # a process needs only one of each
 
@@ -281,11 +289,11 @@ def train_expert(task, directions=16, top=8, size=0.03, step=0.02, noise=0.15, g
     Each iteration tries `directions` random directions, normal of scale `size`, both ways and
     moves by `step` (decaying to a fifth) along the `top` best. Observations are whitened by running
     statistics. What a step pays for being upright is subtracted, so that standing still earns
-    nothing; with `shift` < 1 only that part of it at first, so that a body learns to stand before
-    it walks. Clones err and regress to the mean, and plain ARS finds gaits that topple over that:
-    so `size` is large, and an episode's actions are shrunk by a factor from `gain` to 1 and
-    disturbed by noise of a scale from 0 to `noise`. Every 320 directions ten fixed episodes, half
-    of them disturbed, decide whether this is the best policy so far. Stops after `budget` steps.
+    nothing; with `shift` < 1 only that part of it at first, so that a body stands before it walks.
+    Clones err and regress to the mean, and plain ARS finds gaits that topple over that: so `size`
+    is large, and actions are shrunk by a factor from `gain` to 1 and disturbed by noise of a scale
+    from 0 to `noise`. Every 320 directions ten fixed episodes, half of them disturbed, decide
+    whether this is the best policy so far. Stops after `budget` steps.
     Returns the literal for TASKS, and its returns on ten seeds never used in the search.
     """
     env = state_env(task)
@@ -327,15 +335,13 @@ def train_expert(task, directions=16, top=8, size=0.03, step=0.02, noise=0.15, g
 
 def search_expert(name, seed):
     """Train a task's expert anew and print its entry for TASKS."""
-    task, model = TASKS[name], state_env(name).model
+    task, model = get_task(name), state_env(name).model
     camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
-    assumed = "" if name in TASKS else "  # no entry so far: camera, noise and search are assumed"
-    print(f'    "{name}": Task({assumed}\n        "{task.env_id}", {camera}, {task.noise},\n'
-          f"        {task.search},", flush=True)
+    if name not in TASKS:
+        print(f"{name} has no entry so far: camera {camera} and noise {task.noise} are assumed")
     literal, returns = train_expert(name, **task.search, seed=seed)
-    lines = "\n".join(f'        "{literal[i:i + 88]}"' for i in range(0, len(literal), 88))
-    print(f"{lines}, {task.options}),\nreturn on ten unseen seeds: {np.mean(returns):.0f} +- "
-          f"{np.std(returns):.0f}")
+    print(f'    "{name}": {replace(task, camera=camera, expert=literal)},')
+    print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
 
 # ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
@@ -658,7 +664,7 @@ def episode_seed(config, split, index):
 def make_env(config):
     """The task's environment with the config's distractors."""
     return Distractors(bare_env(config.task), config.distractor, config.correlation,
-                       TASKS[config.task].camera, config.frame_size)
+                       get_task(config.task).camera, config.frame_size)
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
@@ -667,8 +673,8 @@ def record_episode(job) -> int:
     config, folder, index, seed = job
     env, video, rng = cached_env(config), Video.open(folder, "r+"), random(seed, "act")
     frame, info = env.reset(seed=seed)
-    expert = load_expert(TASKS[config.task].expert, len(info["state"]))
-    noise_scale = rng.uniform(0, config.action_noise * TASKS[config.task].noise)
+    expert = load_expert(get_task(config.task).expert, len(info["state"]))
+    noise_scale = rng.uniform(0, config.action_noise * get_task(config.task).noise)
     for t in range(config.steps):
         video.frames[index, t], video.masks[index, t] = frame, info["mask"]
         video.states[index, t] = info["state"]
@@ -1008,13 +1014,12 @@ class FDM(nn.Module):
 class Student(nn.Module):
     """A small U-Net that segments the agent: (B, 3, H, W) -> logits (B, 1, H, W)."""
 
-    def __init__(self, widths=(16, 32, 64, 64)):
+    def __init__(self, widths=(12, 16, 32, 64, 64)):
         super().__init__()
-        self.down = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1)
-                                  for i, o in zip((12, *widths), widths))
-        self.up = nn.ModuleList(nn.Conv2d(i + o, o, 3, padding=1)
-                                for i, o in zip(widths[:0:-1], widths[-2::-1]))
-        self.head = nn.Conv2d(widths[0], 4, 1)
+        conv = lambda i, o: nn.Conv2d(i, o, 3, padding=1)
+        self.down = nn.ModuleList(map(conv, widths, widths[1:]))
+        self.up = nn.ModuleList(conv(i + o, o) for i, o in zip(widths[:1:-1], widths[-2:0:-1]))
+        self.head = nn.Conv2d(widths[1], 4, 1)
 
     def forward(self, x):
         x, seen = F.pixel_unshuffle(x, 2), []  # (B, 12, H / 2, W / 2)
@@ -1250,7 +1255,7 @@ def evaluate(config, policy: nn.Module, text, student=None):
 def evaluate_state_policy(config, name):
     """Returns (eval_episodes,) of "expert" or "random", which read states, not pixels."""
     task, inputs = config.task, state_env(config.task).observation_space.shape[0]
-    expert = load_expert(TASKS[task].expert, inputs) if name == "expert" else None
+    expert = load_expert(get_task(task).expert, inputs) if name == "expert" else None
     seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
     return np.array([state_rollout((task, expert, seed, config.eval_steps, 0.0, 1.0))[0]
                      for seed in seeds])
@@ -1280,10 +1285,9 @@ def plot_summary(results, histories, predictions, path):
 
     predictions: {method: (true, predicted, mask)}, each (H, W, 3) or (H, W) u8.
     """
-    heights = [3.2, 2.4 * len(histories)]
-    figure = Figure(figsize=(14, sum(heights)))
-    top, below = figure.subfigures(2, 1, height_ratios=heights)
-    axes, grid = top.subplots(1, 4), below.subplots(len(histories), 4, squeeze=False)
+    heights = [3] + [2.5] * len(histories)
+    figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+    axes, *grid = figure.subplots(len(heights), 4, height_ratios=heights)
     for ax, key in zip(axes, ("probe_nmse", "return_mean")):
         rows = {n: r for n, r in results["methods"].items() if key in r}
         ax.bar(list(rows), [r[key] for r in rows.values()], color=[COLORS[n] for n in rows],
@@ -1298,16 +1302,13 @@ def plot_summary(results, histories, predictions, path):
         pictures = {"next frame": true, f"{name}: prediction": predicted,
                     "absolute error, doubled": 2 * error, "mask": mask}
         for ax, (title, picture) in zip(row, pictures.items()):
-            ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-            ax.set_title(title, fontsize=9)
-            ax.axis("off")
+            show(ax, picture, title)
     axes[3].set_ylim(0, 1.1)
     axes[3].legend(fontsize=8)
     for ax, title in zip(axes, ("probe NMSE of the action (lower is better)",
                                 "return (higher is better)", "training loss over steps, first = 1",
                                 "held-out probe NMSE over steps")):
         ax.set_title(title, fontsize=9)
-    top.subplots_adjust(bottom=0.2)
     save_figure(figure, path)
 
 def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
@@ -1319,16 +1320,19 @@ def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
     ranks = zip(("best", "median", "worst"), order[[0, len(order) // 2, -1]])
     for row, (rank, i) in zip(left.subplots(3, 4), ranks):
         for ax, (title, images) in zip(row, pictures.items()):
-            ax.imshow(images[i], cmap="gray", vmin=0, vmax=255)
-            ax.set(xticks=[], yticks=[], ylabel=rank if title == "frame" else "")
             iou = f" {mask_iou(images[i], truth[i]):.2f}" if title in ("label", "student") else ""
-            ax.set_title(title + iou, fontsize=8)
+            show(ax, images[i], title + iou, rank if title == "frame" else "")
     ax = right.subplots()
     for name, masks in (("student", heldout), ("simulator", heldout_truth)):
         ax.plot(masks.mean((0, 2, 3)) / 255, label=name)
     ax.set(xlabel="step", title="agent, fraction of held-out frames", ylim=(0, None))
     ax.legend()
     save_figure(figure, path)
+
+def show(ax, picture, title, left=""):
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    ax.set(xticks=[], yticks=[], ylabel=left)
+    ax.set_title(title, fontsize=8)
 
 def save_figure(figure, path):
     with written_whole(path) as temporary:
@@ -1341,9 +1345,8 @@ def save_animation(films, path, scale=3):
                    ((0, 0), (0, 0), (0, 2), (0, 0))) for film in films.values()]
     frames = np.concatenate(rows, 2).repeat(scale, 1).repeat(scale, 2)
     images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    with written_whole(path) as temporary:
-        images[0].save(temporary, "GIF", save_all=True, append_images=images[1:], duration=50,
-                       loop=0)
+    with written_whole(path) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=50, loop=0)
 
 # ==== 14. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. Stages are cached under a key made of the config fields
@@ -1364,7 +1367,7 @@ STAGES = ("record", "mask", "lam", "probe", "policy", "evaluate", "report")
 def cache_key(config, names, *extra) -> str:
     """Twelve hex digits that change when one of the named fields (or an extra) does."""
     chosen = {name: getattr(config, name) for name in names}
-    text = json.dumps([FORMAT, asdict(TASKS[config.task]), chosen, extra], sort_keys=True)
+    text = json.dumps([FORMAT, asdict(get_task(config.task)), chosen, extra], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 @contextlib.contextmanager
@@ -1405,8 +1408,6 @@ class Run:
         self.config, self.folder, self.device = config, folder, device
         self.cache, self.seconds = folder / "cache", {}
         self.weights = METHODS | {"masklam": config.background_weight}
-        for name in ("lam", "probe", "policy", "evaluate"):  # results live as long as this object
-            setattr(self, name, functools.cache(getattr(self, name)))
         try:
             if fresh and self.cache.exists():
                 shutil.rmtree(self.cache)
@@ -1427,7 +1428,7 @@ class Run:
             seconds = time.monotonic() - start
             save_torch(path, (payload, seconds))
             partial.unlink(missing_ok=True)
-        self.seconds[stage] = self.seconds.get(stage, 0) + seconds
+        self.seconds[stage, name] = seconds
         return payload
 
     @functools.cached_property
@@ -1511,10 +1512,8 @@ class Run:
         else:
             (idm, _), key, _ = self.policy(method)
             idm.to(self.device)
-        numbers = self.cached("probe", method, key, lambda _: probe(
+        return self.cached("probe", method, key, lambda _: probe(
             lambda windows: latents(idm, windows), *self.windows))
-        print(f"{method}: probe NMSE {numbers['probe_nmse']:.3f}, R2 {numbers['probe_r2']:.3f}")
-        return numbers
 
     def policy(self, name):
         """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
@@ -1564,7 +1563,8 @@ class Run:
         config, rows = self.config, {}
         expert, chance = (float(self.evaluate(n)[0].mean()) for n in ("expert", "random"))
         for name in config.methods + REFERENCES:
-            returns, mean = self.evaluate(name)[0], float(self.evaluate(name)[0].mean())
+            returns = self.evaluate(name)[0]
+            mean = float(returns.mean())
             rows[name] = (self.probe(name) if name in config.methods else {}) | dict(
                 return_mean=mean, return_std=float(returns.std()), return_n=len(returns),
                 normalized_return=(mean - chance) / (expert - chance), labels=self.policy(name)[2])
@@ -1573,7 +1573,8 @@ class Run:
             task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
             versions={m.__name__: m.__version__ for m in (torch, mujoco, gym, np)}
             | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.mask_iou,
-            seconds={stage: round(s, 1) for stage, s in self.seconds.items()},
+            seconds={stage: round(sum(s for key, s in self.seconds.items() if key[0] == stage), 1)
+                     for stage in STAGES[:-1]},
             expert_return=expert, random_return=chance, methods=rows)
         shown = np.array([len(self.windows[1]) // 3])  # one held-out window, the same for all
         before, after, target, mask = self.windows[1].batch(shown)
@@ -1598,7 +1599,8 @@ class Run:
             record=lambda: self.videos,
             mask=lambda: self.windows,
             lam=lambda: [self.lam(m) for m in methods],
-            probe=lambda: [self.probe(m) for m in methods + ("supervised-idm",)],
+            probe=lambda: [print(f"{name}: probe NMSE {self.probe(name)['probe_nmse']:.3f}")
+                           for name in methods + ("supervised-idm",)],
             policy=lambda: [self.policy(name) for name in methods + REFERENCES],
             evaluate=lambda: [self.evaluate(name) for name in methods + references],
             report=self.report)
@@ -1663,7 +1665,7 @@ def main(argv=None):
         if options.train_expert:
             search_expert(config.task, config.seed)
             return 0
-        if TASKS[config.task].expert is None:
+        if not get_task(config.task).expert:
             raise UserError(f"--task {config.task} has no expert: search one with --train-expert, "
                             "and put the entry that it prints into TASKS")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -1682,8 +1684,6 @@ def main(argv=None):
                 results.append(result)
                 print(table(result))
                 print(f"masks: {config.masks}; files:", *sorted(map(str, run.folder.glob("*.*"))))
-            del run
-            gc.collect()  # gigabytes of video, before the next seed
         if options.seeds and results:
             path = Path(options.out) / (tag.rsplit("-", 1)[0] + "-summary.json")
             save_json(path, summarize(results))
