@@ -181,9 +181,9 @@ def random(*purpose) -> np.random.Generator:
                                   for p in purpose])
 
 # ==== 3. Tasks and experts ========================================================================
-# A task is a Gymnasium MuJoCo environment, a camera that keeps its agent whole and a twentieth of
-# the frame, and an expert to record: one small matrix, found by augmented random search (ARS V2-t,
-# arXiv 1803.07055) with the trainer below. Linear policies run well, and fit into this file.
+# A task is a Gymnasium MuJoCo environment, a camera that shows its agent whole, on a twentieth
+# of the frame, and an expert to record: one small matrix, found by augmented random search (ARS
+# V2-t, arXiv 1803.07055) with the trainer below. Linear policies run well, and fit in this file.
 @dataclass(frozen=True)
 class Task:
     """An environment, its camera, the search that found its expert, and the expert itself."""
@@ -338,7 +338,8 @@ def search_expert(name, seed):
     task, model = get_task(name), state_env(name).model
     camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
     if name not in TASKS:
-        print(f"{name} has no entry so far: camera {camera} and noise {task.noise} are assumed")
+        print(f"{name} has no entry so far: camera {camera}, noise {task.noise} and the search's "
+              "defaults are assumed")
     literal, returns = train_expert(name, **task.search, seed=seed)
     print(f'    "{name}": {replace(task, camera=camera, expert=literal)},')
     print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
@@ -1560,10 +1561,10 @@ class Run:
 
     def report(self) -> dict:
         """Write results.json, the figures and the animation; -> results.json's content."""
-        config, rows = self.config, {}
+        config, rows, films = self.config, {}, {}
         expert, chance = (float(self.evaluate(n)[0].mean()) for n in ("expert", "random"))
         for name in config.methods + REFERENCES:
-            returns = self.evaluate(name)[0]
+            returns, films[name] = self.evaluate(name)
             mean = float(returns.mean())
             rows[name] = (self.probe(name) if name in config.methods else {}) | dict(
                 return_mean=mean, return_std=float(returns.std()), return_n=len(returns),
@@ -1587,8 +1588,7 @@ class Run:
             pictures[method] = (image(target).transpose(1, 2, 0), predicted.transpose(1, 2, 0),
                                 image(mask - 0.5)[0])
         plot_summary(results, histories, pictures, self.folder / "summary.png")
-        save_animation({m: self.evaluate(m)[1] for m in config.methods},
-                       self.folder / "rollouts.gif")
+        save_animation({m: films[m] for m in config.methods}, self.folder / "rollouts.gif")
         save_json(self.folder / "results.json", results)
         return results
 
