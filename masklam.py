@@ -741,9 +741,8 @@ class Windows:
         return e[:, None] * self.T + np.stack(offsets, 1).clip(0)
 
     def batch(self, windows, k=1):
-        """-> before (B, 3 C, H, W), after (B, 3 C, H, W), next frame (B, 3, H, W), all floats in
-        [-0.5, 0.5] with the newest frame last, and the next frame's mask (B, 1, H, W) in [0, 1].
-        C is 3, or 4 with mask_input."""
+        """-> before and after (B, 3 C, H, W), newest frame last, next frame (B, 3, H, W), all in
+        [-0.5, 0.5], and its mask (B, 1, H, W) in [0, 1]. C is 3, or 4 with mask_input."""
         index = torch.from_numpy(self.index(windows, k)).to(self.device)
         frames = to_float(self.frames[index])  # one gather: (B, 7, H, W, C) u8 -> (B, 7 C, H, W)
         C = self.frames.shape[-1]
@@ -1175,7 +1174,7 @@ def regress(config, module, predict, targets, chosen, updates, lr, text, checkpo
 
     train([module], loss, updates, lr, text, checkpoint)
 
-def clone(config, windows, targets, text, chosen, future=False, checkpoint=None):
+def clone(config, windows, targets, chosen, text="clone", checkpoint=None, future=False):
     """Behaviour cloning: regress targets (len(windows), Z or A) on the stack before, of `chosen`.
 
     With `future` the network sees the stack after too (k = 1): a supervised IDM, on true actions.
@@ -1204,6 +1203,17 @@ def train_decoder(config, policy, windows: Windows, chosen):
     regress(config, mlp, lambda batch: mlp(z[torch.from_numpy(batch)]), actions,
             np.arange(len(chosen)), config.decoder_updates, 1e-3, "decoder")
     return mlp.eval()
+
+def latent_policy(config, idm, windows, labelled, text="policy", checkpoint=None):
+    """Pixels -> actions through latent actions: clone them, then decode; -> nn.Sequential.
+
+    The policy is cloned from what a frozen IDM says of all windows, scaled to unit variance, as a
+    latent's scale is arbitrary. True actions are read of the windows `labelled` (n,) alone.
+    """
+    z = latents(idm, windows)
+    z = (z - z.mean(0)) / (z.std(0) + 1e-6)
+    policy = clone(config, windows, z, np.arange(len(windows)), text, checkpoint)
+    return nn.Sequential(policy, train_decoder(config, policy, windows, labelled))
 
 # ==== 12. Evaluation ==============================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
@@ -1352,7 +1362,7 @@ def save_animation(films, path, scale=3):
 # ==== 14. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. Stages are cached under a key made of the config fields
 # they depend on, written whole or not at all, and taken up again where a killed run stopped.
-FORMAT = "masklam-4"
+FORMAT = "masklam-5"
 RECORDING = ("task", "seed", "distractor", "correlation", "episodes", "heldout_episodes", "steps",
              "action_noise", "frame_size")
 MASKS = ("erode", "dilate", "shift", "occlude")
@@ -1440,11 +1450,10 @@ class Run:
         return {name: Video.open(folder / name) for name in ("training", "heldout", "decorrelated")}
 
     @functools.cached_property
-    def segmented(self):
-        """-> (student, {video's name: masks}, IoUs), or (None, {}, {}) for simulator masks."""
-        config, student = self.config, Student()
-        if config.masks == "simulator":
-            return None, {}, {}
+    def masks(self):
+        """-> (student or None, {video's name: masks}, {video's name: IoU with the simulator's})."""
+        config, student, iou = self.config, None, {}
+        masks = {name: video.masks for name, video in self.videos.items()}
 
         def compute(partial):
             student, labels, masks, iou = segment_videos(config, self.videos, self.device, partial)
@@ -1452,27 +1461,27 @@ class Run:
                        self.folder / "masks.png")
             return student.state_dict(), {k: torch.from_numpy(m) for k, m in masks.items()}, iou
 
-        key = cache_key(config, RECORDING + SEGMENTER)
-        state, masks, iou = self.cached("mask", config.masks, key, compute)
-        student.load_state_dict(state)
-        return student.to(self.device).eval(), {k: m.numpy() for k, m in masks.items()}, iou
+        if config.masks != "simulator":
+            key = cache_key(config, RECORDING + SEGMENTER)
+            state, masks, iou = self.cached("mask", config.masks, key, compute)
+            student, masks = Student(), {k: m.numpy() for k, m in masks.items()}
+            student.load_state_dict(state)
+            student.to(self.device).eval()
+        if any(getattr(config, flag) for flag in MASKS):
+            masks = {name: np.stack([degrade(config, episode, random(config.seed, name, i))
+                                     for i, episode in enumerate(found)])
+                     for name, found in masks.items()}
+            iou = iou | {name: mask_iou(masks[name], video.masks, video.valid)
+                         for name, video in self.videos.items()}
+        if iou:
+            print("mask IoU:", *(f"{k} {v:.3f}" for k, v in iou.items()))
+        return student, masks, iou
 
     @functools.cached_property
     def windows(self):
-        """Training, held-out and decorrelated video, with the masks that are asked for."""
-        windows, (_, masks, iou) = [], self.segmented
-        for name, video in self.videos.items():
-            found = masks.get(name, video.masks)
-            if any(getattr(self.config, flag) for flag in MASKS):
-                found = np.stack([degrade(self.config, episode, random(self.config.seed, name, i))
-                                  for i, episode in enumerate(found)])
-                iou = iou | {name: mask_iou(found, video.masks, video.valid)}
-            video = replace(video, masks=found).shrink(self.config.image_size)
-            windows.append(Windows(video, self.device, self.config.mask_input))
-        if iou:
-            print("mask IoU:", *(f"{k} {v:.3f}" for k, v in iou.items()))
-        self.mask_iou = iou
-        return windows
+        """Training, held-out and decorrelated video, shrunk, with their masks."""
+        return [Windows(replace(video, masks=self.masks[1][name]).shrink(self.config.image_size),
+                        self.device, self.config.mask_input) for name, video in self.videos.items()]
 
     def mask_fields(self, method=None):
         """The config's mask fields if they matter to a method or reference, as lapo's do not."""
@@ -1508,43 +1517,34 @@ class Run:
 
     def probe(self, method):
         """-> the probe's numbers for the frozen IDM of a method, or for the supervised one."""
-        if method in METHODS:
-            idm, key = self.lam(method)[0], self.lam_key(method)
-        else:
-            (idm, _), key, _ = self.policy(method)
-            idm.to(self.device)
+        idm, key = ((self.lam(method)[0], self.lam_key(method)) if method in METHODS
+                    else self.policy(method)[:2])
+        idm.to(self.device)
         return self.cached("probe", method, key, lambda _: probe(
             lambda windows: latents(idm, windows), *self.windows))
 
     def policy(self, name):
         """-> (pixel policy, cache key, number of labels it used) of a method or a reference."""
         config, training = self.config, self.windows[0]
-        everything, A = np.arange(len(training)), training.video.actions.shape[-1]
-        labelled = everything[:None if name in ("oracle", "supervised-idm") else config.labels]
-        direct = name not in METHODS  # cloned from actions, with no latent action in between
-        future = name == "supervised-idm"
-        if direct:
+        future, A = name == "supervised-idm", training.video.actions.shape[-1]
+        labelled = np.arange(len(training))[:None if future or name == "oracle" else config.labels]
+        if name in METHODS:
+            key = cache_key(config, POLICY + DECODER, self.lam_key(name))
+            policy = nn.Sequential(FrameEncoder(config, 3, config.latent_dim),
+                                   make_decoder(config.latent_dim, A))
+        else:  # cloned from actions, with no latent action in between
             training_fields = RECORDING + (MODEL if future else POLICY) + self.mask_fields()
             key = cache_key(config, training_fields, name, len(labelled))
-        else:
-            key = cache_key(config, POLICY + DECODER, self.lam_key(name))
+            policy = FrameEncoder(config, 6 if future else 3, A)
 
         def compute(partial):
-            targets, chosen = training.actions(), labelled
-            if not direct:
-                z, chosen = latents(self.lam(name)[0], training), everything
-                targets = (z - z.mean(0)) / (z.std(0) + 1e-6)  # the scale of a latent is arbitrary
-            cloned = clone(config, training, targets, f"{name} policy", chosen, future, partial)
-            if direct:
-                return cloned.state_dict(), {}
-            decode = train_decoder(config, cloned, training, labelled)
-            return cloned.state_dict(), decode.state_dict()
+            last = (labelled, f"{name} policy", partial)
+            if name in METHODS:
+                return latent_policy(config, self.lam(name)[0], training, *last).state_dict()
+            return clone(config, training, training.actions(), *last, future).state_dict()
 
-        cloned = FrameEncoder(config, 6 if future else 3, A if direct else config.latent_dim)
-        decode = nn.Identity() if direct else make_decoder(config.latent_dim, A)
-        for module, state in zip((cloned, decode), self.cached("policy", name, key, compute)):
-            module.load_state_dict(state)
-        return nn.Sequential(cloned, decode).eval(), key, len(labelled)
+        policy.load_state_dict(self.cached("policy", name, key, compute))
+        return policy.eval(), key, len(labelled)
 
     def evaluate(self, name):
         """-> (returns, film) of a pixel policy, or (returns, None) of "expert" and "random"."""
@@ -1555,7 +1555,7 @@ class Run:
             policy, policy_key, _ = self.policy(name)
             key = cache_key(self.config, EVALUATION, policy_key)
             compute = lambda _: tuple(map(torch.from_numpy, evaluate(
-                self.config, policy, name, self.segmented[0] if self.config.mask_input else None)))
+                self.config, policy, name, self.masks[0] if self.config.mask_input else None)))
         returns, film = self.cached("evaluate", name, key, compute)
         return returns.numpy(), None if film is None else film.numpy()
 
@@ -1573,7 +1573,7 @@ class Run:
         results = dict(
             task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
             versions={m.__name__: m.__version__ for m in (torch, mujoco, gym, np)}
-            | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.mask_iou,
+            | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.masks[2],
             seconds={stage: round(sum(s for key, s in self.seconds.items() if key[0] == stage), 1)
                      for stage in STAGES[:-1]},
             expert_return=expert, random_return=chance, methods=rows)
