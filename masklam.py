@@ -333,17 +333,6 @@ def train_expert(task, directions=16, top=8, size=0.03, step=0.02, noise=0.15, g
         unseen = [r[0] for r in pool.map(state_rollout, jobs)]
     return base64.b85encode(best.tobytes()).decode(), unseen
 
-def search_expert(name, seed):
-    """Train a task's expert anew and print its entry for TASKS."""
-    task, model = get_task(name), state_env(name).model
-    camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
-    if name not in TASKS:
-        print(f"{name} has no entry so far: camera {camera}, noise {task.noise} and the search's "
-              "defaults are assumed")
-    literal, returns = train_expert(name, **task.search, seed=seed)
-    print(f'    "{name}": {replace(task, camera=camera, expert=literal)},')
-    print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
-
 # ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
 # once what the distractors are composed behind and the simulator's own mask. Casting rays, where it
@@ -1291,6 +1280,15 @@ def table(results: dict) -> str:
         lines.append(f"{name:16}" + " " * 36 + f"{results[name + '_return']:>12.0f}")
     return "\n".join(lines)
 
+def show(ax, picture, title, left=""):
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    ax.set(xticks=[], yticks=[], ylabel=left)
+    ax.set_title(title, fontsize=8)
+
+def save_figure(figure, path):
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
+
 def plot_summary(results, histories, predictions, path):
     """Bars of NMSE and return, {method: history} of `train`, and what each FDM predicted.
 
@@ -1339,15 +1337,6 @@ def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
     ax.set(xlabel="step", title="agent, fraction of held-out frames", ylim=(0, None))
     ax.legend()
     save_figure(figure, path)
-
-def show(ax, picture, title, left=""):
-    ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
-    ax.set(xticks=[], yticks=[], ylabel=left)
-    ax.set_title(title, fontsize=8)
-
-def save_figure(figure, path):
-    with written_whole(path) as temporary:
-        figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
 
 def save_animation(films, path, scale=3):
     """Side-by-side GIF of {title: (t, H, W, 3) u8}, 20 frames a second."""
@@ -1607,6 +1596,17 @@ class Run:
         for stage in STAGES[:STAGES.index(until) + 1]:
             result = stages[stage]()
         return result if until == "report" else None
+
+def search_expert(name, seed):
+    """Train a task's expert anew and print its entry for TASKS."""
+    task, model = get_task(name), state_env(name).model
+    camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
+    if name not in TASKS:
+        print(f"{name} has no entry so far: camera {camera}, noise {task.noise} and the search's "
+              "defaults are assumed")
+    literal, returns = train_expert(name, **task.search, seed=seed)
+    print(f'    "{name}": {replace(task, camera=camera, expert=literal)},')
+    print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
 
 def summarize(results: list[dict]) -> dict:
     """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
