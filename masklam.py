@@ -79,7 +79,6 @@ def option(default, text, low=None, high=None, choices=None):
 @dataclass(frozen=True)
 class Config:
     """All settings of a run; see `option` for what each one means."""
-
     task: str = option("cheetah", "which agent: a name, or the id of a Gymnasium environment")
     seed: int = option(0, "of everything random in the run", 0, 10**6)
     methods: tuple[str, ...] = option(("lapo", "masklam"), "what to train", choices=tuple(METHODS))
@@ -157,9 +156,8 @@ def check_config(config: Config):
             low, high = limits["low"], limits["high"]
             if low is not None and not (math.isfinite(v) and low <= v <= high):
                 raise UserError(f"{flag} is {v}; allowed: {low} to {high}")
-    for point in config.prompt:
-        if not re.fullmatch(r"-?\d+,\d+", point):
-            raise UserError(f"--prompt is {point!r}; allowed: x,y or -x,y in pixels, like 32,28")
+    if not all(re.fullmatch(r"-?\d+,\d+", point) for point in config.prompt):
+        raise UserError(f"--prompt is {config.prompt}; allowed: x,y or -x,y in pixels, like 32,28")
     try:
         state_env(config.task).model
     except (gym.error.Error, AttributeError) as error:
@@ -172,8 +170,7 @@ def check_config(config: Config):
     if len(config.idm_widths) != len(config.fdm_widths):
         raise UserError("--fdm-widths and --idm-widths must have the same number of stages")
     if config.labels > config.episodes * config.steps:
-        raise UserError(f"--labels is {config.labels}; allowed: 1 to {config.episodes} episodes "
-                        f"times {config.steps} steps")
+        raise UserError(f"--labels is {config.labels}; allowed: 1 to --episodes times --steps")
 
 def random(*purpose) -> np.random.Generator:
     """A generator for (seed, purpose, ...): the same arguments give the same numbers."""
@@ -187,88 +184,134 @@ def random(*purpose) -> np.random.Generator:
 @dataclass(frozen=True)
 class Task:
     """An environment, its camera, the search that found its expert, and the expert itself."""
-
     env_id: str
     camera: tuple[float, float, float] | None = None  # see AgentRenderer
     noise: float = 0.1  # largest action noise of a recording, of actions scaled to [-1, 1]
     search: dict = field(default_factory=dict)  # arguments of `train_expert`
-    expert: str = ""  # (A, 1 + S) float16 in base 85: bias, then weights, of a linear policy
+    expert: str = ""  # linear policy: bias and weights (A, 1 + S), float16, deflated, base 85
     options: dict = field(default_factory=dict)  # of gym.make
+    cycle: int = 0  # steps of a gait, for an expert that sees a clock; see expert_input
 
 TASKS = {
     "cheetah": Task(  # --train-expert, 9 minutes; returns 4714 on average of 100 seeds, falls in 6
         "HalfCheetah-v5", (2.6, -8, 0), 0.45,
         dict(directions=32, top=8, size=0.1, noise=0.4, gain=0.8, budget=10_000_000, horizon=500),
-        "sjFErTeGSz5j`}#`!vTr$~8SPQ7KZf7bHrhGn`Q+XPR>>IkjZFN2yP|`Yg>bo+-Gpy{S|$?6u7>yR0H2sHU7F$0w"
-        "r?O|w|7U8|-%53}vKRxb>#5;Yz$DK3w%IwtF=Wtl-GMxRZgV!2txoHfh5s58hcKs0!{wX4;yRJJiQCZ_cyMWfH9H"
-        "z(ewk1Pi{>!!xDGc^V|s=L>@qMXR89JB{3UaHY2;i#CN|EKh%!ZrcC9Wwa3Qnbyqp0VC06gn8R)h?qfL!u2B<{*%"
-        "fEGWjS"),
+        "c-jHj04M*ct64Eyv#Kr;Jv6-gG{-&4H9av=DN?Z)Bub?-oKYobnsX~TwPd?TsZYH6EX^>UDY&w|sZ=lQwaqZQtRf<"
+        ")rko?kC!-HdvskTNtEM~;v+cN6FAS{`H6Ac2E|0G|ChMqWnL#B+pG~1+xmm@WHOsuHGsrAJG<dnStJSYmwlOm%ru8"
+        "I6qtB%`C*G%zEC)I3rpB`~H3m7VyVtp*oXDyiv<E9*s?jImsF<Grr}U)4HUYdHGWfbuw9T}hvEC*WIvBLoE~6|%q7"
+        "4}4AdrzPD8{SRGi8n"),
     "hopper": Task(  # --train-expert, 30 minutes (beside the ant's); 3264 +- 5 on ten unseen seeds
         "Hopper-v5", (2.4, -8, 0.3), 0.1, dict(step=0.015, horizon=500),
-        "*TM=v>A;@7&8Y`6<TWp?iM9W)mnb2NUAu)mZNw}+%eiN?LA9hTl(x4rZKio8@xU8HV!Zx9V?Zsn2DrnnrK6!RtfY"
-        "-8", dict(frame_skip=10)),
+        "c-jF-0Js0w!U{j>z@EL$sRuITH7~7+wg0b|C?ShoyM;V$#4J6_xo5ONwWKVRwzo2Erg<gtz#Btiy#7FAKrOWfxWlf"
+        "cqoFXYq>U+Dyd>N", dict(frame_skip=10)),
     "walker": Task(  # --train-expert, 23 minutes; returns 4526 +- 55 on ten unseen seeds
         "Walker2d-v5", (2.4, -8, 0), 0.1, dict(directions=24, top=12, shift=0.5, horizon=500),
-        "b-Zdhb+NU)-8BBSuCMvDA+t6ydbBC5Dj~X<_9XKl0;c1s@w*eeCpaQCzP!^m1hl`LC@`NcZMn-In;y2Vm8qp9{w9"
-        "nj(7lR2IlXc(N-86>+_(ogq^L`<K(jWYxGdZ%JtRh~3!(WXUNQ{4MK++kL9RqO*ttqELa`Pwt**zah^R@cU8(66D"
-        "j_-~h{8!VX}nN2F1+_Q3Z9O)pt#zu&$$Mx+axZjKN*6bx2<Zge7%4`@wsTUQYtVrv^BdpzA#I(5iH@NxFD;b3nTT"
-        "WkEL&^", dict(frame_skip=10)),
+        "c-jHj04M)-ylOdhv9-M2H2$@&ulckgvo<k$v?;7AA-b6MB=aBwrsJvcyA!-8I3hK^ywf%Ww7;AvFrO}Mxyv7$9=5K"
+        "Psih?TCX6P~y^20Ly>c%~DkHPpxCc0-s7tUwvo@l*EZizRBu1<Yq4_0VG7P*$HlVygu0%Q5xk@oYu@*3`uE(l~s7b"
+        "3`sp%CeAvz?8!bvr0yihhSy!ST>o{qPmxZ1AIxdyA-Brd5x8G@g;t!l4)y?{XRxoEUfDljv&HM=;zFiW!$Ea9TKAg"
+        "iDYBlV__rEjT$?q|j", dict(frame_skip=10)),
     "swimmer": Task(  # --train-expert, 9 minutes; returns 358 +- 2 on ten unseen seeds
         "Swimmer-v5", (4.4, -90, 0), 0.3, dict(directions=4, top=2, noise=0.2, budget=3_000_000),
-        "46Nuj*ejH~I4-0(2CY^stgsC!>XffH*tl4(>NZ)k3N#-s"),
+        "c-jFZ0Neiztmrn_E0nu9E~GdHtyV0ounj5dl&?3~xLB_0Hd(U@G#@T64-ex"),
     "ant": Task(  # --train-expert, 34 minutes (beside the hopper's); 3405 on 40 seeds, falls in 13
         "Ant-v5", (4.2, -35, -0.1), 0.1,
         dict(directions=32, top=16, size=0.05, noise=0.1, shift=0, horizon=150),
-        "F~Ar@G(3JbDZt(|6)w3j4zLk2_AE&#-MJ3E5+t!L4KPhD)~iaXyC~(Hn5i!(WF^6^)vE-lAVVs_qP-zFwl7vUR+P"
-        "B6khBr9Xs{r-dN$y?Hmznct|`(fYb&-K7$DOj$|Dvmhoh^fah?saLN&3vV77)WvAM3U3%7qYV6W^ckT_nh+_x$+J"
-        "g^2YKcu}RrY`d^gt66-A0y$OmL-UtktIGJUN)vWTDUvEGCa4kG%h5xH92f0ku?#ty||aM+^oJMeW~N9OelF1^pCc"
-        "#wIK_uxTNMMe4Pp?NkLM?UA87PKs_5Z9J55al)2Hl8!@%Ag{A~IA+NwKpDaY795HY$swZTgRH{`R^CQ+Ec%wcl+q"
-        "MKMT{_e~EUC_|urHL9bu@0ZSu}Y!?yxqutt^NsrmP?*OQ;$phb7ym4Iz=Tm8hH?&?F|Gv$IM(PdWm<(mY5$+O-_E"
-        "G$v3Ss=1Rnqb7&1k1G2uIxeE0z$RiW&>u4#s~t0$tg-VcWg!Qf%DY}9zdcPjygXkkGO<1_;;8yG7Oes?jWi{*z%3"
-        "OX!KBBRt)z{Wr=pl279mNfU#Y{g&LU`_",
+        "c-jHL0YCmRz!*a`JbpGQz}_?!F1aucun{u$EJ-NcxemP&B(W_GFikDit4gW6DCL}(sV^sFCBd!Ls|2YaLn^_dy&*W"
+        "ZFIG2Jl(@H$v=Opsupqd4HsHE8t!6Q<DbguxE4CaMAk!hrBNi-&qpPQJo(-`=HL<#2wuUXSxvs7Yw|_NYuk0z1I9{"
+        "&Yw<<C`um&$bq`f4jF7q&ivDJ_tBjKKwC5WAoB|aWrHl{jSxI4cxJh!qmE+n)yIcz17H4(JExR<irtiB_CspF_jD0"
+        "vg~kG8J0Aq%Uxq~<4loeC&PK~ltBwk9+{JsUL~vqZX-xzV{BF}1RVrUW-3ufQ#zEJUFkF>o!aCuE*fs#P5GBi0~zq"
+        "dqFzwgf6&I@CQZsm`siFO-yZG;Xz7G<i4fur{}?EQl$ltRN>#s2U}QCEKSBA(66`sGJ<oBqpD;vr0TqIs(1YJV-v;"
+        "wH&rICQuxzxsy4gCWo(&D*G)uE~1~nCSokmA2S@Q9W$A%vGXZqAqShvyIv%}Jxw^gJYOp^u|6&0sQNS(tpYKPG$pg"
+        "ZEfpTYq{o-7q>YuQqL?2RAxWrTsl&3)B50rkmBcv",
         dict(include_cfrc_ext_in_observation=False)),
+    "humanoid": Task(  # not by --train-expert alone, see README; 6469 +- 32 on ten unseen seeds
+        "Humanoid-v5", (2.8, -8, -0.15), 0.1, {},
+        "c-lSE3s4hx9>DRxIx31vYXyvukc5OJ<h8qbV0dW|T3fBwcC-~ZwOXZD<YdN2we?Y-J-n(_hgXP5AdgM5n`|~u5D-w"
+        "H=VN?g&j)y(;+^HHa$;?@+WU!}?o4)P{<E|H-#_0^W9C=Jgm#1$2N7I*Pa@<GR0i@AcG7);D}fCOyJ<pilK+h{gs!"
+        ";{F{BrvCrX4y*<QZA&4*B-I5z1;J->3hI6vt@{fNpR_#SCz!_zvJ{9gn5{Yo$*WXgQ`WrW%ogfi-0uD;oU&}Z;#g4"
+        "J&bgvNNHJTKRY9E5tbZ?z(HGZJ-dR49hHT|GNvp?*5s&&ju6@ZPIkZXeG)<{_j=L#Wz?Q2(?TxaSIwBy6x;7b4Te8"
+        "n@tV{aw!UdR|I?QfxzV%C4h)>F2?>={-(_&cSJC!Q`L8o^P=TJ!CIw5Mp4yJ{+M-5rhihnLm6&a~?t;FmnyCPgvO^"
+        "2=204eT7*?x(1OQ9~0_T5w?k;ICZ)hp$Bk^{d$Cyibpb-$oAN#w0vyItl_0B6D$;P6J`j$=M`HQ2yXCpi-xo|>7S_"
+        "6@b+x@XP&`sr$Y!$l_PY|VS~vo!^#95LKn3#;RJ*}owZ!Ks-w8|7h+yyi)MFIS>SeX0<qk)OZGSt75tYz8GpmS!E+"
+        "5;7u@O{k{gK8(r^6^jUcI<S|nJY2sC`kO_Rro-{ZwO;z?QgKPxwpH!WQahpM8;cWV1-k}P63Ds%E88Cx<x^hCLGus"
+        "PV4`g?A!zeIGQYtZnMzLbf=e9FoOS~^rw&>@&9%1lfD!q}(U85r3j^F^~25xc*h9hs({_Oa?ZHNf^VyL^^u5q7I*P"
+        "=3q4gUHe7@c+1@t>0r@(tYsHR5j;@FyCGzjOOgKY?8+CTg($>*X-pYKHijip7A?>o@G60%(hUI!@s79i8^(n*sm<~"
+        "m@_YA-JJe8qw-%;MNunK$Er_tl&QGJrGcMvlUW73Li;RrSt#K8F{~l_^wHiSCfj{VzEx7{w1`WU15Bo8EqN=LO8ut"
+        "6CEeyPvD<>#91pk3bzd;X{HXRd`5eoA%V=48in^i8_JO(FQJ@X6tZx0uT;mbuA>NV@rx~!{N%fJXnn6cy_Qck#&>7"
+        "qmWP%Uml@82wC+|dKOlR2B7D;Ga75b)`&x)GMY@__S)KlM?Mp2}Xxv#mY>Z3kXyn$VG^<YogTj3b0gf^t|#45U)^F"
+        "FoC;Y|F_`a1c<6%{WP+_TLVkLMa?X3GI_r(^+vW5v3!v9j!sh(Y=~)+!sqM_Dg=;|ZR=v}JwcF~cO?^5Cqr|4L5?S"
+        "GbqF@{$c+rf>0s7wxG?cOa-2;GEDBV!vmPtVCy2|687*p;Wgp@IrzYKX_3rvVfQ5yY^cSZTX0*gWN6hXt9pBW9n$B"
+        "q_#|YNARejUr9=fh>bLOIR;)-;DrG%Lhzy~v4WRI@PdIC8oZE06`#EF(ga>SJGI~i@6_Mqq^Yh_Ic!hly5GiDn|2U"
+        "uJ&%Yn_&y(aNdYf@@FI^Effp%emkZ-KcFV<shpGLX<HBFbo|G>|e<df^{lm=nHM!1Xei?Yl1uqKl5(Y0`@In`=z)K"
+        "5w!N7|Lytu}yJ6?Iwf)_$TfESlV&v-5|8E#W3#{GIkPt@3Q>D$a@ce7)Y6TC>livqkjx)Z^RrKg6iO_Hy$tmgD{_q"
+        "r|%;*&eX>E@Bban2<v<&uIxh+u=@r5(KZz>6QexWJ2lPy$}E!HW;P=)j8vGky2Uiwe9LR_VbD(dpaXI4;u5ywluc)"
+        "A;kK_o+MHZr2k($9tCoF9di|fEO3f241QM96?un{0u=U)#5ms=(nn!Rf1CSbMai8gxl#@z~W4C5WKX47bSRcf)^2Z"
+        "VR<3&VgN5e@Dc_u^()-l+mo{A&)k%`Y`Q_;OP_7Y4I}(Opi$~}uJg=gvwb6IY2<~jQa09bSg=bwN$DhT8Yfl@79>7"
+        "Q2zcfRN7=)vVwbn#-Dx+?3KOq3o@$ZRRoKi+orhDl>71!^Nsg}|@Jn8=R$P~fZ*sO;W_oGmX7x(pYj0Myt2=NkJ+w"
+        "x5ig}kRlwZiTwI;O>822`}*}CbVs7*dj*&PXb!nJ!Ehnh~%9hfM5o_&;9>^z6BRcCp(`M;pPViPg0$}lBpwF*xhG4"
+        "U(vk0t*g{aP}GjBe;8Dc91v&D43(&YDG`ZpUWKqV3fbw$EvQLZ8zuN{tEGW%nHqv5)-oXXx8vXQq=G%uZjb2f3#+z"
+        "P9-RWzNA+QERj0N?>(xFzvA~(>#$b#uBypSiU@#Xrqov4g?#p7xqgEj-2r{1?zn2$~E*#NxI|5*c0S<NjLwxc%k^c"
+        "nkeB`({{yr@+vuo|Mt-t{C!%Xc#?UFJ1I<R7iZk3iuuucq56jSjD3pzGV?qq-FQ3lNS4#|)X%D~nEGXFj7hEY+n`Z"
+        "oxKUPaI79UePsD#yD1B$OS4mnn!mvuPC7_Jp`a0(%8X75~k!84%YMwCJ<V#GSX5cAOes)bwJrq}NE^z+Eo<g<Dy5j"
+        "z5q=iNSXyk)N0%$}JH|l~$InYQCjWB5BK7P`con(YYnZu2&ZSqBi>U6WRjY*@&8E&hZc%L}y@FK4wJktNnoTY|F3T"
+        "VU(HxgNee<x=;xYE?*0d99)nb6cwLY)yUPUs=Mu8sUZ8u_7-5gG-dkscaJh8rD+Ms3gtgGMT7gauwT(nBN16)iLhK"
+        "hOv;nS3%KXE&HJx&%AIbf%nEbSa)Ws)Eo+1&wfMq+IEMM&-CTx+Yd=GTkBPOIr9H;=!Z2NfQ3I)F$Z=xi28JO-h_1"
+        "heiQtq<}^tXk>#%DVH&5)DDfD&`1M~ruEDI4;$th&H",
+        dict.fromkeys([f"include_{name}_in_observation" for name in
+                       ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")], False), 60),
 }
 
 def get_task(name: str) -> Task:
     """The task of this name; any other name is taken for an environment id, with no expert yet."""
     return TASKS.get(name, Task(name))
 
-def load_expert(text: str, inputs: int) -> np.ndarray:
-    """Literal of a Task -> (A, 1 + S) f64."""
-    return np.frombuffer(base64.b85decode(text), np.float16).reshape(-1, 1 + inputs).astype(float)
+def load_expert(task: str) -> np.ndarray:
+    """A task's linear policy (A, 1 + S) f64, from its literal."""
+    weights = np.frombuffer(zlib.decompress(base64.b85decode(get_task(task).expert)), np.float16)
+    return weights.reshape(len(state_env(task).action_space.low), -1).astype(float)
 
-def expert_action(expert: np.ndarray, state: np.ndarray) -> np.ndarray:
-    """Linear policy (A, 1 + S) at observation (S,) -> action (A,), not yet clipped."""
-    return expert[:, 0] + expert[:, 1:] @ state
+def expert_action(expert: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Linear policy (A, 1 + S) at its input (S,) -> action (A,), not yet clipped."""
+    return expert[:, 0] + expert[:, 1:] @ seen
+
+def expert_input(task: str, state: np.ndarray, t: int) -> np.ndarray:
+    """What an expert sees of an observation at step t; a task without `cycle` shows it as it is.
+
+    A humanoid's feet are points on which nothing can stand, so its expert steps to a clock: it
+    also sees sine and cosine of the gait's phase, and their products with the trunk's attitude
+    and velocity, as a leg that swings must answer them otherwise than one that stands."""
+    cycle = get_task(task).cycle
+    if not cycle:
+        return state
+    clock = np.array([np.sin(2 * np.pi * t / cycle), np.cos(2 * np.pi * t / cycle)])
+    trunk = state[np.r_[0:5, 22:28]]  # height, attitude, velocities
+    return np.concatenate([state, clock, np.outer(clock, trunk).ravel()])
 
 def bare_env(task: str):
     """A task's environment without wrappers and time limit; it observes the state."""
     mujoco.set_mju_user_warning(lambda _: None)  # models' deprecations, also to ./MUJOCO_LOG.TXT
     entry = get_task(task)
     return gym.make(entry.env_id, disable_env_checker=True, **entry.options).unwrapped
-
 state_env = functools.cache(bare_env)  # a process needs only one of each
 
 def state_rollout(job) -> tuple[float, int, np.ndarray, np.ndarray]:
     """One episode of (task, expert or None for random actions, seed, steps, noise, gain).
-
-    Clipped actions are multiplied by gain and disturbed by Gaussian noise. Returns the return, the
-    number of steps, and sum and sum of squares of the observations.
-    """
+    Clipped actions are multiplied by gain and disturbed by Gaussian noise.
+    Returns the return, the number of steps, and sum and sum of squares of the expert's inputs."""
     task, expert, seed, steps, noise, gain = job
     env, rng = state_env(task), random(seed, "rollout")
     low, high = env.action_space.low, env.action_space.high
     state, _ = env.reset(seed=seed)
-    total, states = 0.0, []
-    for _ in range(steps):
-        states.append(state)
-        action = rng.uniform(low, high) if expert is None else expert_action(expert, state)
+    total, inputs = 0.0, []
+    for t in range(steps):
+        inputs.append(expert_input(task, state, t))
+        action = rng.uniform(low, high) if expert is None else expert_action(expert, inputs[-1])
         action = gain * np.clip(action, low, high) + noise * high * rng.standard_normal(len(low))
         state, reward, terminated, _, _ = env.step(np.clip(action, low, high))
         total += reward
         if terminated:
             break
-    return total, len(states), np.sum(states, 0), np.square(states).sum(0)
+    return total, len(inputs), np.sum(inputs, 0), np.square(inputs).sum(0)
 
 def search_pair(job):
     """Rollouts of (task, weights, mean, std, size, seed, steps, noise, gain), both ways."""
@@ -294,10 +337,10 @@ def train_expert(task, directions=16, top=8, size=0.03, step=0.02, noise=0.15, g
     is large, and actions are shrunk by a factor from `gain` to 1 and disturbed by noise of a scale
     from 0 to `noise`. Every 320 directions ten fixed episodes, half of them disturbed, decide
     whether this is the best policy so far. Stops after `budget` steps.
-    Returns the literal for TASKS, and its returns on ten seeds never used in the search.
-    """
+    Returns the literal for TASKS, and its returns on ten seeds never used in the search."""
     env = state_env(task)
-    A, S = env.action_space.shape[0], env.observation_space.shape[0]
+    A, state = env.action_space.shape[0], np.zeros(env.observation_space.shape)
+    S = len(expert_input(task, state, 0))
     upright = getattr(env, "_healthy_reward", 0)
     weights, mean, std = np.zeros((A, S)), np.zeros(S), np.ones(S)
     count, sums, squares, rng = 0, np.zeros(S), np.zeros(S), random(seed, "expert")
@@ -322,16 +365,16 @@ def train_expert(task, directions=16, top=8, size=0.03, step=0.02, noise=0.15, g
             iteration += 1
             if iteration % max(1, 320 // directions) == 0 or best is None:
                 expert = fold_whitening(weights, mean, std).astype(np.float16)
-                disturbed = ((0.0, 1.0), (noise / 2, (1 + gain) / 2))
+                disturbed = ((0, 1), (noise / 2, (1 + gain) / 2))
                 jobs = [(task, expert.astype(float), 10**5 + i, 1000, *disturbed[i % 2])
                         for i in range(10)]
                 mean_return = np.mean([r[0] for r in pool.map(state_rollout, jobs)])
                 if mean_return > best_return:
                     best, best_return = expert, mean_return
                 bar.set_postfix(best=f"{best_return:.0f}")
-        jobs = [(task, best.astype(float), 10**6 + i, 1000, 0.0, 1.0) for i in range(10)]
+        jobs = [(task, best.astype(float), 10**6 + i, 1000, 0, 1) for i in range(10)]
         unseen = [r[0] for r in pool.map(state_rollout, jobs)]
-    return base64.b85encode(best.tobytes()).decode(), unseen
+    return base64.b85encode(zlib.compress(best.tobytes())).decode(), unseen
 
 # ==== 4. Renderer =================================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
@@ -354,9 +397,7 @@ class AgentRenderer:
     camera: distance (metres), elevation (degrees) and how far above the initial centre of mass it
         aims (metres); None: -20 degrees, and the agent spans two thirds of the frame. It follows
         along the ground but keeps its height: with no floor in sight, jumps would be invisible.
-    size: height and width of the images, pixels.
-    """
-
+    size: height and width of the images, pixels."""
     def __init__(self, model, camera=None, size=64):
         self.model, self.camera, self.size = copy.copy(model), camera, size
         self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
@@ -379,10 +420,8 @@ class AgentRenderer:
 
     def __call__(self, qpos, view=NO_VIEW, tint=None):
         """Draw one state.
-
         qpos: (nq,) joint positions. view: see NO_VIEW. tint: (ngeom, 3) added to the colours.
-        Returns rgb (size, size, 3) u8, premultiplied by alpha, and alpha (size, size) u8.
-        """
+        Returns rgb (size, size, 3) u8, premultiplied by alpha, and alpha (size, size) u8."""
         n, colors = self.size, self.colors if tint is None else (self.colors + tint).clip(0, 1)
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
@@ -444,9 +483,7 @@ class Backdrop:
     In pixels a step, v = SPEED * (rho * P a + sqrt(1 - rho^2) * u), with a the executed action
     scaled to [-1, 1], P a random projection that is the same for every episode (P a has unit
     variance when actions are uniformly random), and u unit-variance Ornstein-Uhlenbeck noise.
-    Colours, shapes, places and u change with `rng`.
-    """
-
+    Colours, shapes, places and u change with `rng`."""
     TEXTURES, SPRITES, SPEED, PERSISTENCE = 2, 12, 3.5, 0.5
     COLORS = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
 
@@ -514,9 +551,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         arXiv 2101.02722, at `SCALE`). correlation: its rho. camera, size: see AgentRenderer.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
         (D,) f32 velocities of the background, pixels a step, "action" (A,) f32 as executed.
-    reset(seed=s) seeds physics and distractors; equal seeds give equal frames.
-    """
-
+    reset(seed=s) seeds physics and distractors; equal seeds give equal frames."""
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
 
     def __init__(self, env, level="low", correlation=0.5, camera=None, size=64):
@@ -576,9 +611,7 @@ class Video:
 
     frames (E, T, H, W, 3) u8; masks (E, T, H, W) u8, 255 = agent; actions (E, T, A), executed, only
     for probe, decoder and references; rewards (E, T); states (E, T, S); distractor (E, T, D), how
-    the background moved from t to t + 1, all f32; length (E,) i64, steps until the episode ended.
-    """
-
+    the background moved from t to t + 1, all f32; length (E,) i64, steps until an episode ended."""
     frames: np.ndarray
     masks: np.ndarray
     actions: np.ndarray
@@ -593,8 +626,7 @@ class Video:
         try:
             return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is damaged ({first_line(error)}); pass --fresh to record "
-                            "again") from error
+            raise UserError(f"{folder} is damaged ({first_line(error)}); pass --fresh") from error
 
     @classmethod
     def create(cls, folder, E, T, size, A, S, D):
@@ -655,7 +687,6 @@ def make_env(config):
     """The task's environment with the config's distractors."""
     return Distractors(bare_env(config.task), config.distractor, config.correlation,
                        get_task(config.task).camera, config.frame_size)
-
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
 def record_episode(job) -> int:
@@ -663,14 +694,15 @@ def record_episode(job) -> int:
     config, folder, index, seed = job
     env, video, rng = cached_env(config), Video.open(folder, "r+"), random(seed, "act")
     frame, info = env.reset(seed=seed)
-    expert = load_expert(get_task(config.task).expert, len(info["state"]))
+    expert = load_expert(config.task)
     noise_scale = rng.uniform(0, config.action_noise * get_task(config.task).noise)
     for t in range(config.steps):
         video.frames[index, t], video.masks[index, t] = frame, info["mask"]
         video.states[index, t] = info["state"]
         noise = noise_scale * env.action_space.high * rng.standard_normal(len(expert))
-        action = expert_action(expert, info["state"]) + noise
-        frame, video.rewards[index, t], terminated, _, info = env.step(action)
+        seen = expert_input(config.task, info["state"], t)
+        frame, video.rewards[index, t], terminated, _, info = env.step(
+            expert_action(expert, seen) + noise)
         video.actions[index, t], video.distractor[index, t] = info["action"], info["distractor"]
         if terminated:
             break
@@ -679,10 +711,8 @@ def record_episode(job) -> int:
 
 def record(config, folder):
     """Record three videos, going on where an earlier call was stopped; -> frames recorded.
-
     folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
-    heldout whose background no longer follows the action (rho = 0).
-    """
+    heldout whose background no longer follows the action (rho = 0)."""
     env = make_env(config)
     _, info = env.reset(seed=0)
     sizes = (config.steps, config.frame_size, env.action_space.shape[0], len(info["state"]),
@@ -708,9 +738,7 @@ class Windows:
 
     A window of offset k is the stack before (t-2, t-1, t), the stack after (t+k-2, t+k-1, t+k) and
     the next frame t + 1. It never crosses an episode's end: the first frame stands for what was
-    before it, and k is cut to what is left. With mask_input a frame's fourth channel is its mask.
-    """
-
+    before it, and k is cut to what is left. With mask_input masks are a frame's fourth channel."""
     def __init__(self, video: Video, device="cpu", mask_input=False):
         self.video, self.T, self.device = video, video.frames.shape[1], device
         self.frames = torch.from_numpy(np.ascontiguousarray(video.frames)).flatten(0, 1).to(device)
@@ -781,10 +809,8 @@ def load_sam(model: str, file: str, device):
 @torch.no_grad()
 def segment(predictor, frames: np.ndarray, prompt=(), checkpoint=None):
     """SAM's candidates for frames (n, H, W, 3) u8: masks (n, 3, H, W) bool, its own IoUs (n, 3).
-
     prompt: as --prompt has it; without one, a box and a point where a camera that follows the agent
-    shows it. On a GPU embeddings are computed in batches; `checkpoint` keeps what is done.
-    """
+    shows it. On a GPU embeddings are computed in batches; `checkpoint` keeps what is done."""
     points = np.array([[abs(float(x)) for x in point.split(",")] for point in prompt])
     labels, box = np.array([not point.startswith("-") for point in prompt], int), None
     if not prompt:
@@ -812,8 +838,7 @@ def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
     A candidate scores SAM's predicted IoU (n, 3), plus one for a plausible area (0.5 to 40 % of the
     frame), plus how well it agrees in place and area with the masks chosen so far: the camera
-    follows the agent, so right masks resemble each other.
-    """
+    follows the agent, so right masks resemble each other."""
     each, area = np.arange(len(candidates)), candidates.mean((2, 3))
     alone = predicted + ((area > 0.005) & (area < 0.4))
     chosen = alone.argmax(1)
@@ -826,9 +851,7 @@ def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
     """Distil keyframes (n, H, W, 3) u8 and their masks (n, H, W) u8 into a small network.
-
-    Mirrored, shifted by up to an eighth and stretched in colour, a few dozen are enough.
-    """
+    Mirrored, shifted by up to an eighth and stretched in colour, a few dozen are enough."""
     torch.manual_seed(config.seed + 3)
     student = Student().to(device, memory_format=torch.channels_last)
     frames = np.concatenate([frames, masks[..., None]], -1)
@@ -866,10 +889,8 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
 
 def segment_videos(config, videos, device, checkpoint=None):
     """Masks of {name: Video} from a student of SAM, or of the simulator with --masks student.
-
     Returns the student, (keyframes (n, H, W, 3), teacher's, student's and simulator's masks of them
-    (n, H, W)), {name: the student's masks (E, T, H, W)}, all u8, and {name: IoU with simulator's}.
-    """
+    (n, H, W)), {name: the student's masks (E, T, H, W)}, all u8, and {name: IoU with simulator}."""
     training = videos["training"]
     e, t = np.nonzero(training.valid)
     spread = np.linspace(0, len(e) - 1, config.keyframes).astype(int)
@@ -893,10 +914,8 @@ def segment_videos(config, videos, device, checkpoint=None):
 
 def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
     """Masks (n, H, W) u8 made worse as --erode, --dilate, --shift and --occlude say, in this order.
-
     Erosion and dilation are minima and maxima over squares; occlusion cuts rectangles centred on
-    the agent, up to a quarter of the frame wide and high, until the fraction is reached.
-    """
+    the agent, up to a quarter of the frame wide and high, until the fraction is reached."""
     x = torch.from_numpy(np.array(masks, np.float32))[:, None]
     for reach, sign in ((config.erode, -1), (config.dilate, 1)):
         x = sign * F.max_pool2d(sign * x, 2 * reach + 1, 1, reach)
@@ -929,10 +948,8 @@ class ResidualBlock(nn.Module):
 
 def encoder(channels, patch, widths, blocks):
     """(B, channels, H, W) -> (B, widths[-1], h, w) with H / h = `encoder_stride`.
-
     IMPALA: each stage is a convolution, a halving max-pool and residual blocks. With patch > 1
-    the first stage folds patch x patch pixels into channels instead, which costs a CPU far less.
-    """
+    the first stage folds patch x patch pixels into channels instead, which costs a CPU far less."""
     layers = []
     for stage, width in enumerate(widths):
         if patch > 1 and stage == 0:
@@ -962,7 +979,6 @@ def decoder(patch, widths, blocks):
 
 class FrameEncoder(nn.Module):
     """`frames` stacked frames -> a vector: the IDM (6 -> Z), the policy (3 -> Z or A)."""
-
     def __init__(self, config, frames, outputs):
         super().__init__()
         side = config.image_size // encoder_stride(config.patch, config.idm_widths)
@@ -977,11 +993,8 @@ class FrameEncoder(nn.Module):
 
 class FDM(nn.Module):
     """Three frames (B, 3 C, H, W) and a latent action (B, Z) -> the next frame (B, 3, H, W).
-
     The latent becomes a map that is concatenated with what the encoder has seen. To first order
-    a motion is velocity times image gradient, so small nets need a product too: `gate` adds it.
-    """
-
+    a motion is velocity times image gradient, so small nets need a product too: `gate` adds it."""
     def __init__(self, config):
         super().__init__()
         width = config.fdm_widths[-1]
@@ -1002,7 +1015,6 @@ class FDM(nn.Module):
 
 class Student(nn.Module):
     """A small U-Net that segments the agent: (B, 3, H, W) -> logits (B, 1, H, W)."""
-
     def __init__(self, widths=(12, 16, 32, 64, 64)):
         super().__init__()
         conv = lambda i, o: nn.Conv2d(i, o, 3, padding=1)
@@ -1027,8 +1039,7 @@ def masked_mse(prediction, target, mask, background_weight=0.0):
 
     prediction, target (B, C, H, W); mask (B, 1, H, W) in [0, 1], 1 = agent. Every pixel weighs
     w = mask + background_weight (1 - mask), and the result is sum(w error^2) / (C sum(w)).
-    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask.
-    """
+    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask."""
     if background_weight == 1:
         return F.mse_loss(prediction, target)
     weight = mask + background_weight * (1 - mask)
@@ -1046,8 +1057,7 @@ def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None
 
     compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
     goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
-    stopped. report(step) -> number. Returns ten times (step, mean loss since the last, report).
-    """
+    stopped. report(step) -> number. Returns ten times (step, mean loss since the last, report)."""
     modules = nn.ModuleList(modules)
     optimizer = torch.optim.AdamW(modules.parameters(), lr, (0.9, 0.99))
     start, history, losses = 0, [], []
@@ -1129,23 +1139,21 @@ def r2(prediction, target) -> float:
 
 def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows) -> dict:
     """Linear probe of encode(windows) -> (n, Z), fitted on `training`, read on unseen episodes.
-
     decorrelated: the same probe where the background ignores the action (rho = 0). leakage: R2 of a
-    second one for the background's velocity, from one half of those episodes to the other.
-    """
+    second one for the background's velocity, from one half of those episodes to the other."""
     z, z_heldout, z_decorrelated = (encode(w) for w in (training, heldout, decorrelated))
     a, a_heldout, a_decorrelated = (w.actions() for w in (training, heldout, decorrelated))
     read = ridge(z, a)
     moved = decorrelated.video.distractor[decorrelated.e, decorrelated.t]
     half = decorrelated.e < len(decorrelated.video.length) // 2
+    read_background = ridge(z_decorrelated[half], moved[half])
     per_dimension = nmse(read(z_heldout), a_heldout)
     return dict(
         probe_nmse=float(per_dimension.mean()),
         probe_r2=r2(read(z_heldout), a_heldout),
         probe_nmse_per_dimension=per_dimension.tolist(),
         probe_nmse_decorrelated=float(nmse(read(z_decorrelated), a_decorrelated).mean()),
-        leakage_r2=r2(ridge(z_decorrelated[half], moved[half])(z_decorrelated[~half]),
-                      moved[~half]))
+        leakage_r2=r2(read_background(z_decorrelated[~half]), moved[~half]))
 
 # ==== 11. Latent policy ===========================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
@@ -1165,9 +1173,7 @@ def regress(config, module, predict, targets, chosen, updates, lr, text, checkpo
 
 def clone(config, windows, targets, chosen, text="clone", checkpoint=None, future=False):
     """Behaviour cloning: regress targets (len(windows), Z or A) on the stack before, of `chosen`.
-
-    With `future` the network sees the stack after too (k = 1): a supervised IDM, on true actions.
-    """
+    With `future` it sees the stack after too (k = 1): on true actions, a supervised IDM."""
     torch.manual_seed(config.seed + 1)
     policy = FrameEncoder(config, 6 if future else 3, targets.shape[1])
     policy.to(windows.device, memory_format=torch.channels_last)
@@ -1195,10 +1201,8 @@ def train_decoder(config, policy, windows: Windows, chosen):
 
 def latent_policy(config, idm, windows, labelled, text="policy", checkpoint=None):
     """Pixels -> actions through latent actions: clone them, then decode; -> nn.Sequential.
-
     The policy is cloned from what a frozen IDM says of all windows, scaled to unit variance, as a
-    latent's scale is arbitrary. True actions are read of the windows `labelled` (n,) alone.
-    """
+    latent's scale is arbitrary. True actions are read of the windows `labelled` (n,) alone."""
     z = latents(idm, windows)
     z = (z - z.mean(0)) / (z.std(0) + 1e-6)
     policy = clone(config, windows, z, np.arange(len(windows)), text, checkpoint)
@@ -1210,10 +1214,8 @@ def latent_policy(config, idm, windows, labelled, text="policy", checkpoint=None
 @torch.no_grad()
 def rollout(job):
     """Episodes of (config, pickled (policy, student or None), seeds) -> (returns (n,), film).
-
     The policy maps (n, 3 C, H, W) to actions (n, A); the student (or the simulator) masks what it
-    sees. film: (t, H, W, 3) u8 of the first episode, t <= 200.
-    """
+    sees. film: (t, H, W, 3) u8 of the first episode, t <= 200."""
     config, pickled, seeds = job
     (policy, student), factor = pickle.loads(pickled), config.frame_size // config.image_size
     envs, rng = [make_env(config) for _ in seeds], random(seeds[0], "degrade")
@@ -1254,10 +1256,9 @@ def evaluate(config, policy: nn.Module, text, student=None):
 
 def evaluate_state_policy(config, name):
     """Returns (eval_episodes,) of "expert" or "random", which read states, not pixels."""
-    task, inputs = config.task, state_env(config.task).observation_space.shape[0]
-    expert = load_expert(get_task(task).expert, inputs) if name == "expert" else None
+    expert = load_expert(config.task) if name == "expert" else None
     seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
-    return np.array([state_rollout((task, expert, seed, config.eval_steps, 0.0, 1.0))[0]
+    return np.array([state_rollout((config.task, expert, seed, config.eval_steps, 0, 1))[0]
                      for seed in seeds])
 
 # ==== 13. Report ==================================================================================
@@ -1291,9 +1292,7 @@ def save_figure(figure, path):
 
 def plot_summary(results, histories, predictions, path):
     """Bars of NMSE and return, {method: history} of `train`, and what each FDM predicted.
-
-    predictions: {method: (true, predicted, mask)}, each (H, W, 3) or (H, W) u8.
-    """
+    predictions: {method: (true, predicted, mask)}, each (H, W, 3) or (H, W) u8."""
     heights = [3] + [2.5] * len(histories)
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     axes, *grid = figure.subplots(len(heights), 4, height_ratios=heights)
@@ -1394,8 +1393,8 @@ def load_torch(path):
             raise ValueError(f"not a {FORMAT} file")
         return saved["payload"]
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged or foreign ({first_line(error)}); delete it, or pass "
-                        "--fresh to compute it again") from error
+        raise UserError(f"{path} is damaged or foreign ({first_line(error)}); delete it, or "
+                        "pass --fresh") from error
 
 def save_json(path, value):
     with written_whole(path) as temporary:
@@ -1403,7 +1402,6 @@ def save_json(path, value):
 
 class Run:
     """One seed's folder: its cache, its clock and its results."""
-
     def __init__(self, config: Config, folder: Path, device, fresh=False):
         self.config, self.folder, self.device = config, folder, device
         self.cache, self.seconds = folder / "cache", {}
@@ -1602,8 +1600,7 @@ def search_expert(name, seed):
     task, model = get_task(name), state_env(name).model
     camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
     if name not in TASKS:
-        print(f"{name} has no entry so far: camera {camera}, noise {task.noise} and the search's "
-              "defaults are assumed")
+        print(f"{name} is new: assumed camera {camera}, noise {task.noise}, default search")
     literal, returns = train_expert(name, **task.search, seed=seed)
     print(f'    "{name}": {replace(task, camera=camera, expert=literal)},')
     print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
@@ -1638,8 +1635,7 @@ def parse(argv):
             kind = dict(type=type(f.default))
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} (default {f.default})")
-    parser.add_argument("--preset", choices=PRESETS, default=None,
-                        help="sizes; default: laptop on a CPU, gpu on CUDA")
+    parser.add_argument("--preset", choices=PRESETS, default=None, help="sizes; gpu on CUDA")
     parser.add_argument("--seeds", type=int, default=None, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--out", default="runs", help="folder for run folders")
     parser.add_argument("--until", choices=STAGES, default="report", help="the last stage")
