@@ -292,6 +292,7 @@ def bare_env(task: str):
     mujoco.set_mju_user_warning(lambda _: None)  # models' deprecations, also to ./MUJOCO_LOG.TXT
     entry = get_task(task)
     return gym.make(entry.env_id, disable_env_checker=True, **entry.options).unwrapped
+
 state_env = functools.cache(bare_env)  # a process needs only one of each
 
 def state_rollout(job) -> tuple[float, int, np.ndarray, np.ndarray]:
@@ -687,6 +688,7 @@ def make_env(config):
     """The task's environment with the config's distractors."""
     return Distractors(bare_env(config.task), config.distractor, config.correlation,
                        get_task(config.task).camera, config.frame_size)
+
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
 def record_episode(job) -> int:
