@@ -702,9 +702,8 @@ def record_episode(job) -> int:
         video.frames[index, t], video.masks[index, t] = frame, info["mask"]
         video.states[index, t] = info["state"]
         noise = noise_scale * env.action_space.high * rng.standard_normal(len(expert))
-        seen = expert_input(config.task, info["state"], t)
-        frame, video.rewards[index, t], terminated, _, info = env.step(
-            expert_action(expert, seen) + noise)
+        action = expert_action(expert, expert_input(config.task, info["state"], t)) + noise
+        frame, video.rewards[index, t], terminated, _, info = env.step(action)
         video.actions[index, t], video.distractor[index, t] = info["action"], info["distractor"]
         if terminated:
             break

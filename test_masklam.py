@@ -112,7 +112,7 @@ def test_the_trained_gait_stays_within_the_frame(task, tmp_path):
     video = masklam.Video.open(tmp_path)
     masks = video.masks[video.valid]
     border = np.concatenate([masks[:, [0, -1]], masks[..., [0, -1]].swapaxes(1, 2)], 2)
-    assert ((border >= 128).any((1, 2))).mean() <= 0.01
+    assert (border >= 128).any((1, 2)).mean() <= 0.01
     assert 0.04 < masks.mean() / 255 < 0.08  # large
 
 
