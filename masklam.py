@@ -156,8 +156,9 @@ def check_config(config: Config):
             low, high = limits["low"], limits["high"]
             if low is not None and not (math.isfinite(v) and low <= v <= high):
                 raise UserError(f"{flag} is {v}; allowed: {low} to {high}")
-    if not all(re.fullmatch(r"-?\d+,\d+", point) for point in config.prompt):
-        raise UserError(f"--prompt is {config.prompt}; allowed: x,y or -x,y in pixels, like 32,28")
+    for point in config.prompt:
+        if not re.fullmatch(r"-?\d+,\d+", point):
+            raise UserError(f"--prompt is {point!r}; allowed: x,y or -x,y in pixels, like 32,28")
     try:
         state_env(config.task).model
     except (gym.error.Error, AttributeError) as error:
@@ -170,7 +171,8 @@ def check_config(config: Config):
     if len(config.idm_widths) != len(config.fdm_widths):
         raise UserError("--fdm-widths and --idm-widths must have the same number of stages")
     if config.labels > config.episodes * config.steps:
-        raise UserError(f"--labels is {config.labels}; allowed: 1 to --episodes times --steps")
+        raise UserError(f"--labels is {config.labels}; allowed: 1 to --episodes times --steps, "
+                        f"{config.episodes * config.steps}")
 
 def random(*purpose) -> np.random.Generator:
     """A generator for (seed, purpose, ...): the same arguments give the same numbers."""
@@ -1636,7 +1638,8 @@ def parse(argv):
             kind = dict(type=type(f.default))
         parser.add_argument("--" + f.name.replace("_", "-"), **kind,
                             help=f"{f.metadata['help']} (default {f.default})")
-    parser.add_argument("--preset", choices=PRESETS, default=None, help="sizes; gpu on CUDA")
+    parser.add_argument("--preset", choices=PRESETS, default=None,
+                        help="sizes of everything (default: laptop, on CUDA gpu)")
     parser.add_argument("--seeds", type=int, default=None, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--out", default="runs", help="folder for run folders")
     parser.add_argument("--until", choices=STAGES, default="report", help="the last stage")

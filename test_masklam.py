@@ -771,6 +771,8 @@ def test_summary_gives_mean_deviation_and_interval():
     (["--correlation", "nan"], ["--correlation", "nan", "0 to 1"]),
     (["--lam-lr", "inf"], ["--lam-lr", "inf", "0 to 1"]),
     (["--labels", "many"], ["--labels", "many"]),
+    (["--labels", "60000"], ["--labels is 60000", "1 to", "50000"]),
+    (["--prompt", "32,28", "9,x"], ["--prompt is '9,x'", "x,y"]),
     (["--image-size", "48"], ["--image-size", "48", "frame-size", "64"]),
     (["--out", "/proc/nowhere"], ["--out", "/proc/nowhere", "cannot be written"]),
 ])
