@@ -997,7 +997,7 @@ class FrameEncoder(nn.Module):
 class FDM(nn.Module):
     """Three frames (B, 3 C, H, W) and a latent action (B, Z) -> the next frame (B, 3, H, W).
     The latent becomes a map that is concatenated with what the encoder has seen. To first order
-    a motion is velocity times image gradient, so small nets need a product too: `gate` adds it."""
+    a motion is velocity times image gradient: `gate` adds such a product."""
     def __init__(self, config):
         super().__init__()
         width = config.fdm_widths[-1]
