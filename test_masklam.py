@@ -901,8 +901,11 @@ def test_an_interrupt_while_workers_start_is_not_lost(monkeypatch):
 def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
     """SIGINT while recording; the second run ends with the numbers of an uninterrupted one."""
     folder, _, uninterrupted = smoke
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen([sys.executable, str(HERE / "masklam.py"), "--preset", "smoke",
-                                "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+                                "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed)
     deadline = time.monotonic() + 60
     while not list(tmp_path.rglob("training/length.npy")) and time.monotonic() < deadline:
         time.sleep(0.05)
