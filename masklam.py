@@ -123,10 +123,10 @@ class Config:
 
     probe_windows: int = option("probe", 10_000, "the probe is fitted on at most", 100, 10**8)
 
-    policy_updates: int = option("policy", 3000, "optimiser steps", 1, 10**8)
+    policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("policy", 1000, "labelled transitions for the decoder", 10, 10**8)
-    decoder_updates: int = option("policy", 1000, "optimiser steps", 1, 10**8)
+    labels: int = option("policy", 200, "labelled transitions: two episodes", 10, 10**8)
+    decoder_updates: int = option("policy", 1000, "at most, on the labels", 1, 10**8)
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
     eval_steps: int = option("evaluate", 500, "per evaluation episode", 1, 10**5)
@@ -1261,7 +1261,8 @@ def train_reference(config, windows, name, checkpoint=None):
         actions = torch.from_numpy(windows.actions(chosen)).to(z.device)
         return F.mse_loss(head(z.float()), actions)
 
-    train([network, head], loss, config.lam_updates, config.lam_lr, name, checkpoint)
+    updates = max(1, config.lam_updates // 2)  # true actions are learnt sooner than pixels
+    train([network, head], loss, updates, config.lam_lr, name, checkpoint)
     return network.eval()
 
 
@@ -1412,7 +1413,7 @@ def clone_labels(config, windows, labelled, text="labels-only"):
     """Behaviour cloning of the labelled windows alone, for as long as serves it -> policy."""
     actions = windows.actions()
     return regress_few(config, lambda: new_policy(config, windows, actions.shape[1]), windows.obs,
-                       actions, labelled, config.policy_updates, config.policy_lr, text)
+                       actions, labelled, config.decoder_updates, config.policy_lr, text)
 
 
 def latent_policy(config, idm, windows, labelled, text="policy", checkpoint=None):
