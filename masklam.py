@@ -125,7 +125,7 @@ class Config:
 
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("policy", 200, "labelled transitions: two episodes", 10, 10**8)
+    labels: int = option("policy", 50, "labelled transitions: half an episode", 10, 10**8)
     decoder_updates: int = option("policy", 1000, "at most, on the labels", 1, 10**8)
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
@@ -228,7 +228,7 @@ TASKS = {
     "hopper": Task("Hopper-v5", (2.4, -8, 0.3), 0.05, 0.6, 0.5,
                    FREE | dict(healthy_angle_range=(-1, 1), healthy_z_range=(0.5, 10)),
                    dict(budget=1_500_000)),
-    "walker": Task("Walker2d-v5", (2.8, -8, 0.1), 0.05, 0.6, 0.5, FREE, dict(budget=4_500_000)),
+    "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.05, 0.6, 0.5, FREE, dict(budget=4_500_000)),
     "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, 0.6, 0.8,
                     search=dict(directions=8, top=4, size=0.03, step=0.02, budget=600_000)),
     "ant": Task("Ant-v5", (4.2, -35, -0.1), 0.05, 0.6, 0.8,
@@ -695,7 +695,7 @@ def noise_scale(config, index, seed):
 
 @functools.lru_cache(1)
 def tied_background(config):
-    """`Backdrop.tie` with twenty episodes of actions as they will be recorded."""
+    """`Backdrop.tie` with twenty episodes of actions as they will be recorded, whatever rho is."""
     expert, actions = load_expert(config.task), []
     for i in range(20):
         noise = noise_scale(config, i, i)

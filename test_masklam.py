@@ -1062,7 +1062,7 @@ def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, c
     folder, first, _ = smoke
     assert "masks: the simulator's own" in first.stdout and "--masks sam" in first.stdout
     flags = ["--preset", "smoke", "--out", str(folder.parent), "--sam-checkpoint", str(fitted_sam),
-             "--keyframes", "16", "--student-updates", "60"]
+             "--keyframes", "16", "--student-updates", "150"]
     assert masklam.main(flags) == 0  # auto: a checkpoint was given
     assert f"masks: sam, from {fitted_sam}" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
