@@ -639,8 +639,8 @@ def test_a_failed_download_gets_one_line_and_leaves_nothing(kind, named, served,
 def test_a_student_learns_from_keyframes_to_mask_unseen_backgrounds():
     frames, masks = agent_frames(range(200, 232), 2)  # 64 keyframes
     unseen, truth = agent_frames(range(500, 510), 3)
-    student = masklam.train_student(replace(SMOKE, student_updates=400), frames, masks, "cpu")
-    assert masklam.mask_iou(masklam.student_masks(student, unseen), truth) >= 0.7
+    student = masklam.train_student(Config(), frames, masks, "cpu")
+    assert masklam.mask_iou(masklam.student_masks(student, unseen), truth) >= 0.8
 
 
 def test_a_student_that_sees_no_agent_is_an_error(monkeypatch):
