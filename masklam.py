@@ -1255,9 +1255,9 @@ def train_reference(config, windows, name, checkpoint=None):
     def loss(step):
         rng = generator(config.seed, "lam", step)
         chosen = rng.integers(len(windows), size=config.batch_size)
-        obs, future_obs, _, _ = windows.batch(chosen)
+        stacks = [windows.obs(chosen)] if past_only else windows.batch(chosen)[:2]
         with autocast(windows.device):
-            z = network(obs) if past_only else network(obs, future_obs)
+            z = network(*stacks)
         actions = torch.from_numpy(windows.actions(chosen)).to(z.device)
         return F.mse_loss(head(z.float()), actions)
 
@@ -1271,9 +1271,9 @@ def latents(network, windows: Windows, chosen: np.ndarray, past_only=False) -> n
     """Latent actions (n, Z) f32 of the chosen windows, k = 1."""
     parts = []
     for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
-        obs, future_obs, _, _ = windows.batch(part)
+        stacks = [windows.obs(part)] if past_only else windows.batch(part)[:2]
         with autocast(windows.device):
-            z = network(obs) if past_only else network(obs, future_obs)
+            z = network(*stacks)
         parts.append(z.float().cpu())
     return torch.cat(parts).numpy()
 
@@ -1399,12 +1399,11 @@ def new_decoder(config, actions):
     return nn.Sequential(nn.Linear(config.latent_dim, 256), nn.ReLU(), nn.Linear(256, actions))
 
 
-def clone_actions(config, windows, rows, text="oracle", checkpoint=None):
-    """Behaviour cloning of the true actions of windows `rows` -> policy."""
+def clone(config, windows, targets, rows, text, checkpoint=None):
+    """Behaviour cloning of targets (len(windows), D), latent or true actions, on rows -> policy."""
     torch.manual_seed(config.seed + 1)
-    actions = windows.actions()
-    policy = new_policy(config, windows, actions.shape[1])
-    regress(config, policy, windows.obs, actions, rows, config.policy_updates, config.policy_lr,
+    policy = new_policy(config, windows, targets.shape[1])
+    regress(config, policy, windows.obs, targets, rows, config.policy_updates, config.policy_lr,
             text, checkpoint)
     return policy.eval()
 
@@ -1421,15 +1420,11 @@ def latent_policy(config, idm, windows, labelled, text="policy", checkpoint=None
 
     The policy is cloned from what a frozen IDM says of the demonstrations, scaled to unit variance,
     as a latent's scale is arbitrary. True actions are read of the windows `labelled` (n,) alone."""
-    torch.manual_seed(config.seed + 1)
     rows = windows.demonstrations()
     z = np.zeros((len(windows), config.latent_dim), np.float32)
     z[rows] = latents(idm, windows, rows)
     z = (z - z[rows].mean(0)) / (z[rows].std(0) + 1e-6)
-    policy = new_policy(config, windows, config.latent_dim)
-    regress(config, policy, windows.obs, z, rows, config.policy_updates, config.policy_lr, text,
-            checkpoint)
-    policy.eval()
+    policy = clone(config, windows, z, rows, text, checkpoint)
 
     cloned = torch.from_numpy(latents(policy, windows, labelled, past_only=True)).to(windows.device)
     actions = windows.actions(labelled)
@@ -1808,7 +1803,7 @@ class Run:
 
         def compute(partial):
             if name == "oracle":
-                policy = clone_actions(config, training, everything, name, partial)
+                policy = clone(config, training, training.actions(), everything, name, partial)
             elif name == "labels-only":
                 policy = clone_labels(config, training, labelled)
             else:
