@@ -37,6 +37,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -58,28 +59,30 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+
 # ==== 2. Config ===================================================================================
 # Every number that shapes a run, once: its default, meaning, allowed range, and the stage that it
 # belongs to: a change redoes that stage and those after it. The command line is made from this
 # class, so a new field is a new flag. Presets are plain overrides.
-STAGES = ("record", "mask", "lam", "probe", "policy", "evaluate", "report")
+STAGES = ("record", "mask", "lam", "probe", "policy", "decode", "evaluate", "report")
 DISTRACTORS = ("none", "low", "hard")
 METHODS = ("lapo", "masklam")
+REFERENCES = ("past-only", "supervised-idm")  # learn from true actions, to be probed
+CLONES = ("oracle", "labels-only")  # policies cloned from true actions: all, the labelled ones
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}  # official names end in the start of their SHA-256
-
 
 def option(stage, default, text, low=None, high=None, choices=None):
     """A dataclass field that knows its stage, its help text and what values it allows."""
     limits = dict(low=low, high=high, choices=choices)
     return field(default=default, metadata=dict(stage=stage, help=text, **limits))
-
 
 @dataclass(frozen=True)
 class Config:
@@ -125,13 +128,12 @@ class Config:
 
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("policy", 50, "labelled transitions: half an episode", 10, 10**8)
-    decoder_updates: int = option("policy", 1000, "at most, on the labels", 1, 10**8)
+    labels: int = option("decode", 50, "labelled transitions: half an episode", 10, 10**8)
+    decoder_updates: int = option("decode", 1000, "at most, on the labels", 1, 10**8)
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
     eval_steps: int = option("evaluate", 500, "per evaluation episode", 1, 10**5)
     methods: tuple[str, ...] = option("report", METHODS, "what to train", choices=METHODS)
-
 
 PAPER = dict(latent_dim=128, offset=10, patch=1, idm_widths=(64, 128, 128),
              fdm_widths=(96, 192, 192), blocks=2, hidden=0, batch_size=512, lam_lr=6e-4,
@@ -139,6 +141,8 @@ PAPER = dict(latent_dim=128, offset=10, patch=1, idm_widths=(64, 128, 128),
 PRESETS = {
     "smoke": dict(episodes=8, heldout_episodes=4, steps=40, lam_updates=30, policy_updates=20,
                   decoder_updates=50, labels=80, eval_episodes=2, eval_steps=40, batch_size=32),
+    "notebook": dict(episodes=120, heldout_episodes=20, steps=60, lam_updates=400, labels=100,
+                     policy_updates=400, decoder_updates=300, eval_episodes=4, eval_steps=200),
     "laptop": {},  # Config's defaults
     "gpu": PAPER | dict(episodes=1000, steps=250, lam_updates=10_000, policy_updates=10_000,
                         decoder_updates=5000),
@@ -146,23 +150,16 @@ PRESETS = {
                           decoder_updates=25_000, labels=128_000),
 }
 
-
 class UserError(Exception):
     """Something the user can mend: reported as one line, exit status 2."""
 
-
 def first_line(error) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:100]
-
 
 def generator(*purpose) -> np.random.Generator:
     """Random numbers for (seed, purpose, ...): the same arguments give the same numbers."""
     words = [p if isinstance(p, int) else zlib.crc32(p.encode()) for p in purpose]
     return np.random.default_rng(words)
-
-
-FORMAT = "masklam-6"  # of cache files
-
 
 @contextlib.contextmanager
 def written_whole(path):
@@ -176,27 +173,43 @@ def written_whole(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 def save_torch(path, payload):
+    """Write tensors and numbers, behind a checksum and the file's own name."""
+    buffer = io.BytesIO()
+    torch.save((path.name, payload), buffer)
+    data = buffer.getvalue()
     with written_whole(path) as temporary:
-        torch.save({"format": FORMAT, "payload": payload}, temporary)
-
+        temporary.write_bytes(hashlib.sha256(data).digest() + data)
 
 def load_torch(path):
-    """What save_torch wrote; UserError for a damaged or foreign file."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-            raise ValueError(f"not a {FORMAT} file")
-        return saved["payload"]
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged or foreign ({first_line(error)}); delete it, or "
-                        "pass --fresh") from error
-
+    """What save_torch wrote; UserError for a file that is damaged or was another's."""
+    data = path.read_bytes()
+    if hashlib.sha256(data[32:]).digest() != data[:32]:
+        raise UserError(f"{path} is damaged; delete it, or pass --fresh")
+    name, payload = torch.load(io.BytesIO(data[32:]), "cpu", weights_only=True)
+    if name != path.name:
+        raise UserError(f"{path} is a copy of {name}; delete it, or pass --fresh")
+    return payload
 
 def save_json(path, value):
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+def array_checksums(folder) -> dict:
+    """{path in the folder: CRC-32} of all its arrays."""
+    sums = {}
+    for path in sorted(folder.rglob("*.npy")):
+        sums[str(path.relative_to(folder))] = zlib.crc32(np.memmap(path, mode="r"))
+    return sums
+
+@functools.cache
+def check_arrays(folder):
+    """UserError unless a folder's arrays are what its checksums.json says; once a process."""
+    known = json.loads((folder / "checksums.json").read_text())
+    found = array_checksums(folder)
+    for name in known:
+        if known[name] != found.get(name):
+            raise UserError(f"{folder / name} is damaged; pass --fresh")
 
 
 # ==== 3. Bodies [record] ==========================================================================
@@ -205,7 +218,6 @@ def save_json(path, value):
 # for every joint and a fast loop inside the simulator holds it. So an action can last long enough
 # to be seen in two frames, and a policy that sees only frames can still balance.
 TIMESTEP = 0.005  # seconds, of the simulator under a servo
-
 
 @dataclass(frozen=True)
 class Task:
@@ -219,7 +231,6 @@ class Task:
     options: dict = field(default_factory=dict)  # of gym.make
     search: dict = field(default_factory=dict)  # arguments of `train_expert`
     cycle: int = 0  # steps of a gait, for an expert that sees a clock; see `expert_input`
-
 
 FREE = {"ctrl_cost_weight": 0}  # an angle costs nothing
 TASKS = {
@@ -239,54 +250,56 @@ TASKS = {
                                                        "cfrc_ext")], False)),
 }
 
-
 def get_task(name: str) -> Task:
     """The task of this name; any other name is taken for an environment id, with no expert yet."""
     return TASKS.get(name, Task(name))
 
-
 def servo(model, reach, stiffness=2.0, damping=0.05):
     """Make the motors of a loaded MuJoCo model position servos, in place.
 
-    Action a in [-high, high] then asks a joint for the angle q0 + reach a / high (radians), with q0
-    the initial pose; force = kp (angle - q) - damping kp dq with kp = stiffness x the motor's
-    torque per radian, limited to that torque. The implicit integrator keeps stiff servos stable."""
+    Action a in [-high, high] asks a joint for the angle middle + reach a / high (radians): the
+    initial pose's, moved where need be so that the joint can take every angle that is asked for.
+    force = kp (angle - q) - damping kp dq, with kp = stiffness x the motor's torque per radian, and
+    limited to that torque; the implicit integrator keeps stiff servos stable.
+    Returns the action (A,) that asks for the initial pose."""
     high = model.actuator_ctrlrange[:, 1]
     torque = model.actuator_gear[:, 0] * high
     joints = model.actuator_trnid[:, 0]
-    q0 = model.qpos0[model.jnt_qposadr[joints]]
+    pose = model.qpos0[model.jnt_qposadr[joints]]
+    lowest, highest = model.jnt_range[joints].T
+    free = model.jnt_limited[joints] == 0
+    lowest, highest = np.where(free, -np.inf, lowest), np.where(free, np.inf, highest)
+    reach = np.minimum(reach, (highest - lowest) / 2)
+    middle = np.clip(pose, lowest + reach, highest - reach)
     kp = stiffness * torque
 
     model.actuator_gear[:, 0] = 1
     model.actuator_gainprm[:, 0] = kp * reach / high
     model.actuator_biastype[:] = mujoco.mjtBias.mjBIAS_AFFINE
-    model.actuator_biasprm[:, :3] = np.stack([kp * q0, -kp, -damping * kp], 1)
+    model.actuator_biasprm[:, :3] = np.stack([kp * middle, -kp, -damping * kp], 1)
     model.actuator_forcelimited[:] = 1
     model.actuator_forcerange[:] = np.stack([-torque, torque], 1)
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     model.opt.timestep = TIMESTEP
-
+    return (pose - middle) / reach * high
 
 def bare_env(task: str):
     """A task's environment without wrappers and time limit; it observes the state."""
     mujoco.set_mju_user_warning(lambda _: None)  # models' deprecations, also to ./MUJOCO_LOG.TXT
     entry = get_task(task)
     env = gym.make(entry.env_id, disable_env_checker=True, **entry.options).unwrapped
+    env.rest = np.zeros(env.action_space.shape)  # the action that asks for the initial pose
     if entry.reach:
-        servo(env.model, entry.reach)
+        env.rest = servo(env.model, entry.reach)
     if entry.seconds:
         env.frame_skip = round(entry.seconds / env.model.opt.timestep)
     return env
 
-
 state_env = functools.cache(bare_env)  # a process needs only one of each
-
 
 def load_expert(task: str) -> np.ndarray:
     """A task's linear policy (A, 1 + S) f64: bias and weights, from its literal."""
-    weights = np.frombuffer(base64.b85decode(EXPERTS[task]), np.float16)
-    return weights.reshape(state_env(task).action_space.shape[0], -1).astype(float)
-
+    return from_literal(EXPERTS[task], state_env(task).action_space.shape[0])
 
 def expert_input(task: str, state: np.ndarray, t: int) -> np.ndarray:
     """What an expert sees of an observation at step t; a task without `cycle` shows it as it is.
@@ -303,16 +316,13 @@ def expert_input(task: str, state: np.ndarray, t: int) -> np.ndarray:
     trunk = state[np.r_[0:5, 22:28]]  # height, attitude, velocities
     return np.concatenate([state, clock, np.outer(clock, trunk).ravel()])
 
-
 def expert_action(expert: np.ndarray, seen: np.ndarray, high: np.ndarray) -> np.ndarray:
     """A linear policy (A, 1 + S) at its input (S,): an action (A,) within +-high."""
     return np.clip(expert[:, 0] + expert[:, 1:] @ seen, -high, high)
 
-
 def moving_reward(reward: float, info: dict) -> float:
     """What the environment pays for moving: its reward without the bonus for being alive."""
     return reward - info.get("reward_survive", 0.0)
-
 
 def state_rollout(job):
     """One episode of (task, expert or None for random actions, seed, steps, noise, persistence).
@@ -350,12 +360,10 @@ def state_rollout(job):
 # may be and five at its outline, is fast, needs no OpenGL and looks the same anywhere.
 NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
 
-
 def agent_geoms(model) -> np.ndarray:
     """(ngeom,) bool: the geoms of the bodies that motors move, neither ground nor goals."""
     driven = model.body_rootid[model.jnt_bodyid[model.actuator_trnid[:, 0]]]
     return np.isin(model.body_rootid[model.geom_bodyid], driven) & (model.geom_bodyid > 0)
-
 
 def outline(shape: np.ndarray) -> np.ndarray:
     """(H, W) bool -> the pixels on either side of its border."""
@@ -366,7 +374,6 @@ def outline(shape: np.ndarray) -> np.ndarray:
     border[1:] |= down
     border[:-1] |= down
     return border
-
 
 class AgentRenderer:
     """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
@@ -393,10 +400,6 @@ class AgentRenderer:
             self.camera = (1.5 * reach[self.drawn].max() / slope, -20, 0)
         self.height = center[2] + self.camera[2]
 
-        box_center, box_half = np.split(model.geom_aabb[self.drawn, None], 2, axis=2)
-        signs = np.indices((2, 2, 2)).reshape(3, 8).T * 2 - 1
-        self.corners = box_center + box_half * signs  # (G, 8, 3), of every geom's box
-
         # Five rays a pixel, no two of them in a row or column; the first is in the middle.
         inside = np.array([(0, 0), (-2, -1), (-1, 2), (1, -2), (2, 1)]) / 5
         places = np.indices((size, size)).reshape(2, -1, 1) + 0.5 - size / 2 + inside.T[:, None]
@@ -420,9 +423,7 @@ class AgentRenderer:
         target = np.array([*self.data.subtree_com[1, :2], self.height])
         self.eye = target - self.camera[0] * view[3] * self.axes[2]
 
-        layers = np.zeros((n * n, 5), np.float32)  # red, green, blue, alpha, agent
-        pixels = np.flatnonzero(self._covered())
-        layers[pixels] = self._cast(self.world_rays[pixels, 0], colors)
+        layers = self._cast(self.world_rays[:, 0], colors)  # red, green, blue, alpha, agent
         pixels = np.flatnonzero(outline(layers[:, 3].reshape(n, n) > 0))
         around = self._cast(self.world_rays[pixels, 1:].reshape(-1, 3), colors)
         layers[pixels] = (layers[pixels] + around.reshape(-1, 4, 5).sum(1)) / 5
@@ -437,18 +438,6 @@ class AgentRenderer:
         up = np.array([-ca * se, -sa * se, ce])
         self.axes = np.stack([cr * side - sr * up, -cr * up - sr * side, ahead])
         self.view, self.world_rays = view, self.rays @ self.axes
-
-    def _covered(self):
-        """Which pixels (size, size) can be hit: the boxes around the geoms' projected boxes."""
-        turns = self.data.geom_xmat[self.drawn].reshape(-1, 3, 3).transpose(0, 2, 1)
-        corners = self.corners @ turns + self.data.geom_xpos[self.drawn, None]  # in the world
-        seen = (corners - self.eye) @ self.axes.T  # (G, 8, 3): right, down, ahead
-        plane = seen[..., :2] / np.maximum(seen[..., 2:], 0.1) / self.pixel + self.size / 2
-        boxes = np.c_[plane.min(1), plane.max(1) + 1].clip(0, self.size).astype(int)
-        covered = np.zeros((self.size, self.size), bool)
-        for left, top, right, bottom in boxes.tolist():
-            covered[top:bottom, left:right] = True
-        return covered
 
     def _cast(self, rays, colors):
         """Rays (n, 3) from the eye -> layers (n, 5) f32 up to 255, lit from the eye and above."""
@@ -548,7 +537,6 @@ class Backdrop:
         visible = slice(self.margin, self.margin + self.size)
         return canvas[visible, visible, None].view(np.uint8)[..., :3]
 
-
 class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
 
@@ -623,7 +611,6 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 # arithmetic that cuts training windows from them. Everything after this section is off-line.
 SPLITS = ("training", "heldout", "decorrelated", "evaluate")
 
-
 @dataclass
 class Video:
     """Episodes: frames[e, t] is what the agent sees when it chooses actions[e, t].
@@ -647,41 +634,35 @@ class Video:
 
     @classmethod
     def open(cls, folder, mode="c"):
-        """Map the arrays of a folder; UserError if one is damaged or missing."""
-        try:
-            return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is damaged ({first_line(error)}); pass --fresh") from error
+        """Map the arrays of a folder; writes stay in memory unless mode is "r+"."""
+        return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
 
     @classmethod
     def create(cls, folder, E, T, size, A, S, D):
-        """Make empty files, length last; length 0 marks an episode still to be recorded."""
+        """Make files that take their room on disk at once. Length, which comes last, is 0 for what
+        is still to be recorded."""
+        shapes = dict(
+            frames=(np.uint8, E, T, size, size, 3), masks=(np.uint8, E, T, size, size),
+            actions=(np.float32, E, T, A), intended=(np.float32, E, T, A),
+            rewards=(np.float32, E, T), states=(np.float32, E, T, S),
+            distractor=(np.float32, E, T, D), demonstration=(bool, E), length=(np.int64, E))
         folder.mkdir(parents=True, exist_ok=True)
-
-        def make(name, kind, *shape):
-            path = folder / f"{name}.npy"
-            np.lib.format.open_memmap(path, "w+", kind, shape).flush()
-
-        make("frames", np.uint8, E, T, size, size, 3)
-        make("masks", np.uint8, E, T, size, size)
-        make("actions", np.float32, E, T, A)
-        make("intended", np.float32, E, T, A)
-        make("rewards", np.float32, E, T)
-        make("states", np.float32, E, T, S)
-        make("distractor", np.float32, E, T, D)
-        make("demonstration", bool, E)
-        make("length", np.int64, E)
+        for name, (kind, *shape) in shapes.items():
+            descr = np.lib.format.dtype_to_descr(np.dtype(kind))
+            header = dict(descr=descr, fortran_order=False, shape=tuple(shape))
+            with open(folder / f"{name}.npy", "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for _ in range(E):
+                    file.write(np.zeros(shape[1:], kind).tobytes())
 
     @property
     def valid(self) -> np.ndarray:
         """(E, T) bool: which frames were recorded, before the end of their episode."""
         return np.arange(self.frames.shape[1]) < self.length[:, None]
 
-
 def episode_seed(config, split, index):
     """Environment seed of an episode; splits never share one, nor do runs with other seeds."""
     return config.seed * 10**6 + SPLITS.index(split) * 250_000 + index
-
 
 def noise_scale(config, index, seed):
     """Every other episode is a demonstration, quiet enough to be cloned; the others explore.
@@ -692,7 +673,6 @@ def noise_scale(config, index, seed):
         return generator(seed, "scale").uniform(0, config.demonstration_noise)
     return config.exploration_noise * get_task(config.task).noise
 
-
 @functools.lru_cache(1)
 def tied_background(config):
     """`Backdrop.tie` with twenty episodes of actions as they will be recorded, whatever rho is."""
@@ -702,16 +682,13 @@ def tied_background(config):
         actions.append(state_rollout((config.task, expert, i, config.steps, noise, 0))[1])
     return Backdrop.tie(np.concatenate(actions), config.seed)
 
-
 def make_env(config):
     """The task's environment with the config's distractors."""
     return Distractors(bare_env(config.task), config.distractor, config.correlation,
                        get_task(config.task).camera, config.frame_size,
                        tied_background(replace(config, correlation=0)))
 
-
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
-
 
 def record_episode(job) -> int:
     """Record episode `index` of (config, folder, index, seed) into its files."""
@@ -736,21 +713,33 @@ def record_episode(job) -> int:
     video.length[index] = t + 1
     return t + 1
 
-
 def record(config, folder, pmap=map):
     """Record three videos, going on where an earlier call was stopped; -> frames recorded.
 
     folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
-    heldout whose background no longer follows the action (rho = 0). pmap: a pool's map."""
+    heldout whose background no longer follows the action (rho = 0). pmap: a pool's map.
+    UserError where the disk has no room, or the simulation goes astray."""
     env = make_env(config)
     _, info = env.reset(seed=0)
-    A, S, D = env.action_dim, len(info["state"]), Backdrop.D
+    sizes = env.action_dim, len(info["state"]), Backdrop.D
+    episodes = dict(training=config.episodes, heldout=config.heldout_episodes,
+                    decorrelated=config.heldout_episodes)
+    frame_bytes = 4 * config.frame_size**2 + 4 * (env.action_dim + 1 + sum(sizes))
+    need = sum(episodes.values()) * config.steps * frame_bytes
+    free = shutil.disk_usage(folder.parent).free
+    if not folder.exists() and need > free:
+        raise UserError(f"a recording of {need / 1e9:.1f} GB does not fit into {folder.parent}, "
+                        f"which has {free / 1e9:.1f}: fewer --episodes or --steps")
+
     jobs = []
-    for split, E in (("training", config.episodes), ("heldout", config.heldout_episodes),
-                     ("decorrelated", config.heldout_episodes)):
+    for split, E in episodes.items():
         rho = 0.0 if split == "decorrelated" else config.correlation
         if not (folder / split / "length.npy").exists():
-            Video.create(folder / split, E, config.steps, config.frame_size, A, S, D)
+            try:
+                Video.create(folder / split, E, config.steps, config.frame_size, *sizes)
+            except OSError:
+                shutil.rmtree(folder)
+                raise
         for i in np.flatnonzero(Video.open(folder / split).length == 0).tolist():
             seed = episode_seed(config, split, i)
             jobs.append((replace(config, correlation=rho), folder / split, i, seed))
@@ -760,8 +749,12 @@ def record(config, folder, pmap=map):
         for count in pmap(record_episode, jobs):
             bar.update(count)
             frames += count
+    for split in episodes:
+        video = Video.open(folder / split)
+        if not all(np.isfinite(x).all() for x in (video.actions, video.states, video.rewards)):
+            raise UserError(f"{config.task}: a recorded state, action or reward is not a number")
+    save_json(folder / "checksums.json", array_checksums(folder))
     return frames
-
 
 class Windows:
     """Index arithmetic for training windows: every (e, t) whose episode goes on to t + 1.
@@ -793,21 +786,26 @@ class Windows:
         frames = self.frames[index]
         return torch.cat([frames, self.masks[index][..., None]], -1) if self.mask_input else frames
 
+    def seen(self, chosen, frames=3, k=1):
+        """-> (B, frames, H, W, C) u8: the stack obs, all that a policy sees, or with 6 frames also
+        the stack future_obs, newest frame last."""
+        return self.gather(self.index(chosen, k)[:, :frames])
+
     def batch(self, chosen, k=1):
-        """-> obs and future_obs (B, 3, H, W, C) u8, newest frame last, next_obs (B, 3, H, W) f32 in
-        [-0.5, 0.5], and its mask (B, 1, H, W) f32 in [0, 1]."""
+        """-> obs and future_obs (B, 6, H, W, C) u8, next_obs (B, 3, H, W) f32 in [-0.5, 0.5], and
+        its mask (B, 1, H, W) f32 in [0, 1]."""
         index = self.index(chosen, k)
         frames = self.gather(index)
         mask = self.masks[torch.from_numpy(index[:, 6:]).to(self.device)] / 255
-        return frames[:, :3], frames[:, 3:6], to_float(frames[:, 6:, ..., :3]), mask
-
-    def obs(self, chosen):
-        """-> only the stack obs (B, 3, H, W, C) u8: all that a policy sees."""
-        return self.gather(self.index(chosen, 1)[:, :3])
+        return frames[:, :6], to_float(frames[:, 6:, ..., :3]), mask
 
     def actions(self, chosen=slice(None)):
         """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
         return self.video.actions[self.e[chosen], self.t[chosen]]
+
+    def labels(self, chosen):
+        """`actions` as a tensor where the frames are."""
+        return torch.from_numpy(self.actions(chosen)).to(self.device)
 
     def noise(self, chosen=slice(None)):
         """(B, A) f32: the part of the executed actions that no past frame tells."""
@@ -833,7 +831,6 @@ def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
     floats = tiles.to(torch.bfloat16 if lower else torch.float32)
     return floats.sub_(127.5).div_(255).permute(0, 3, 1, 2)  # x - 127.5 is exact in bfloat16 too
 
-
 def autocast(device):
     """bfloat16 where the device multiplies it natively; float32 elsewhere."""
     kind = torch.device(device).type
@@ -841,14 +838,11 @@ def autocast(device):
     native = kind != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return torch.autocast(kind, torch.bfloat16, enabled=bool(native))
 
-
 def conv(inputs, outputs, kernel=3, stride=1):
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
 
-
 def channels_last(module):
     return module.to(memory_format=torch.channels_last)
-
 
 class ResidualBlock(nn.Module):
     def __init__(self, width):
@@ -857,7 +851,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x):
         return x + self.second(F.relu(self.first(F.relu(x))))
-
 
 def impala_encoder(channels, widths, blocks):
     """(B, channels, H, W) -> (B, widths[-1], H / 2^n, W / 2^n): n stages (arXiv 1802.01561)."""
@@ -868,7 +861,6 @@ def impala_encoder(channels, widths, blocks):
         channels = width
     return nn.Sequential(*layers, nn.ReLU())
 
-
 def impala_decoder(widths, blocks):
     """The mirror image of `impala_encoder`: (B, widths[-1], h, w) -> (B, 3, H, W)."""
     layers = []
@@ -876,7 +868,6 @@ def impala_decoder(widths, blocks):
         layers += [ResidualBlock(width) for _ in range(blocks)] + [nn.ReLU()]
         layers += [nn.Upsample(scale_factor=2), conv(width, below)]
     return nn.Sequential(*layers, nn.ReLU(), conv(widths[0], 3))
-
 
 def patch_encoder(channels, widths):
     """(B, channels, h, w), folded by `to_float` -> (B, widths[-1], h / 2^(n-1), w / 2^(n-1)).
@@ -886,19 +877,17 @@ def patch_encoder(channels, widths):
         layers += [nn.ReLU(), conv(inputs, outputs, stride=2)]
     return nn.Sequential(*layers, nn.ReLU())
 
-
 def map_side(config, widths):
     """Height and width of an encoder's last map."""
     halvings = len(widths) if config.patch == 1 else len(widths) - 1
     return config.frame_size // (config.patch * 2**halvings)
 
-
 class FrameEncoder(nn.Module):
-    """Stacks of frames -> a vector: the IDM (6 frames -> Z), the policy (3 -> Z or A)."""
+    """(B, frames, H, W, C) u8 -> (B, outputs): the IDM (6 -> Z), the policy (3 -> Z or A)."""
 
     def __init__(self, config, frames, outputs):
         super().__init__()
-        self.patch, widths = config.patch, config.idm_widths
+        self.frames, self.patch, widths = frames, config.patch, config.idm_widths
         channels = (3 + config.mask_input) * frames * config.patch**2
         if config.patch == 1:
             self.encoder = impala_encoder(channels, widths, config.blocks)
@@ -908,10 +897,8 @@ class FrameEncoder(nn.Module):
         self.head = nn.Linear(inputs, outputs) if config.hidden == 0 else nn.Sequential(
             nn.Linear(inputs, config.hidden), nn.ReLU(), nn.Linear(config.hidden, outputs))
 
-    def forward(self, *stacks):
-        frames = to_float(torch.cat(stacks, 1), self.patch)
-        return self.head(self.encoder(frames).flatten(1))  # (B, outputs)
-
+    def forward(self, frames):
+        return self.head(self.encoder(to_float(frames, self.patch)).flatten(1))  # (B, outputs)
 
 class ImpalaFDM(nn.Module):
     """Three frames (B, 3, H, W, C) u8 and a latent action (B, Z) -> the next frame (B, 3, H, W).
@@ -933,71 +920,71 @@ class ImpalaFDM(nn.Module):
         merged = self.merge(torch.cat([seen, action], 1))  # (B, 2 width, h, w) -> (B, width, h, w)
         return torch.tanh(self.decoder(merged)) / 2
 
+class UNet(nn.Module):
+    """(B, inputs, h, w) and, if vector > 0, (B, vector) -> (B, outputs, h, w).
+    Every width after the first is a level of half the size; h and w must be `side` at the last."""
+
+    def __init__(self, inputs, outputs, widths, kernel=1, vector=0, side=1):
+        super().__init__()
+        self.first = conv(inputs, widths[0], kernel)
+        levels = list(zip(widths, widths[1:]))
+        self.down = nn.ModuleList(conv(fine, coarse, stride=2) for fine, coarse in levels)
+        self.up = nn.ModuleList(conv(coarse, 4 * fine, 1) for fine, coarse in levels)
+        self.join = nn.ModuleList(conv(2 * fine, fine, kernel) for fine, coarse in levels)
+        self.last = conv(widths[0], outputs, 1)
+        self.shape = (widths[-1], side, side)
+        if vector:
+            self.vector = nn.Linear(vector, widths[-1] * side**2)
+            self.merge = conv(2 * widths[-1], widths[-1], 1)
+
+    def forward(self, x, vector=None):
+        maps = [F.relu(self.first(x))]
+        for down in self.down:
+            maps.append(F.relu(down(maps[-1])))
+        x = maps.pop()
+        if vector is not None:
+            spread = self.vector(vector).unflatten(1, self.shape)  # a map of its own
+            x = F.relu(self.merge(torch.cat([x, spread], 1)))
+        for up, join, fine in reversed(list(zip(self.up, self.join, maps))):
+            x = F.relu(F.pixel_shuffle(up(x), 2))
+            x = F.relu(join(torch.cat([x, fine], 1)))
+        return self.last(x)
 
 class PatchFDM(nn.Module):
-    """The same for CPUs, a U-Net of two levels that predicts the change since the last frame."""
+    """The same for CPUs: a U-Net on folded frames that predicts the change since the last frame."""
 
     def __init__(self, config):
         super().__init__()
-        self.patch, (fine, coarse) = config.patch, config.fdm_widths
-        side = map_side(config, config.fdm_widths)
-        self.shape = (coarse, side, side)
-        channels = (3 + config.mask_input) * 3 * config.patch**2
-        self.fine = conv(channels, fine, 1)
-        self.coarse = conv(fine, coarse, stride=2)
-        self.latent = nn.Linear(config.latent_dim, coarse * side**2)
-        self.merge = conv(2 * coarse, coarse, 1)
-        self.up = conv(coarse, 4 * fine, 1)
-        self.join = conv(2 * fine, fine, 1)
-        self.change = conv(fine, 3 * config.patch**2, 1)
+        self.patch, side = config.patch, map_side(config, config.fdm_widths)
+        inputs = (3 + config.mask_input) * 3 * self.patch**2
+        self.unet = UNet(inputs, 3 * self.patch**2, config.fdm_widths, 1, config.latent_dim, side)
 
     def forward(self, obs, z):
-        fine = F.relu(self.fine(to_float(obs, self.patch)))
-        coarse = F.relu(self.coarse(fine))
-        action = self.latent(z).unflatten(1, self.shape)  # Z -> (coarse, h, w)
-        merged = F.relu(self.merge(torch.cat([coarse, action], 1)))
-        up = F.relu(F.pixel_shuffle(self.up(merged), 2))  # (B, fine, 2 h, 2 w)
-        change = self.change(F.relu(self.join(torch.cat([up, fine], 1))))
-        return to_float(obs[:, -1:, ..., :3]) + F.pixel_shuffle(change, self.patch)
-
+        change = F.pixel_shuffle(self.unet(to_float(obs, self.patch), z), self.patch)
+        return to_float(obs[:, -1:, ..., :3]) + change
 
 class Student(nn.Module):
-    """A small U-Net that segments the agent: frames (B, 3, H, W) -> logits (B, 1, H, W)."""
+    """Segments the agent: frames (B, 3, H, W) -> logits (B, 1, H, W), sides multiples of 16."""
 
     def __init__(self):
         super().__init__()
-        self.down1, self.down2 = conv(12, 16), conv(16, 32)
-        self.down3, self.down4 = conv(32, 64), conv(64, 64)
-        self.up3, self.up2, self.up1 = conv(128, 64), conv(96, 32), conv(48, 16)
-        self.head = conv(16, 4, 1)
+        self.unet = UNet(12, 4, (16, 32, 64, 64), kernel=3)
 
     def forward(self, frames):
-        def join(small, large):
-            return torch.cat([F.interpolate(small, large.shape[2:]), large], 1)
+        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(frames, 2)), 2)
 
-        half = F.relu(self.down1(F.pixel_unshuffle(frames, 2)))  # (B, 16, H / 2, W / 2)
-        quarter = F.relu(self.down2(F.max_pool2d(half, 2)))
-        eighth = F.relu(self.down3(F.max_pool2d(quarter, 2)))
-        smallest = F.relu(self.down4(F.max_pool2d(eighth, 2)))
-        eighth = F.relu(self.up3(join(smallest, eighth)))
-        quarter = F.relu(self.up2(join(eighth, quarter)))
-        half = F.relu(self.up1(join(quarter, half)))
-        return F.pixel_shuffle(self.head(half), 2)
-
-
-def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None):
+def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None):
     """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
 
     compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
     goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
     stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
     times (step, mean loss since the last, report); UserError where losses are not finite."""
-    modules = nn.ModuleList(modules)
-    optimizer = torch.optim.AdamW(modules.parameters(), lr, (0.9, 0.99))
+    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
     start, history, losses = 0, [], []
     if checkpoint and checkpoint.exists():
         saved = load_torch(checkpoint)
-        modules.load_state_dict(saved["modules"])
+        network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         start, history, losses = saved["step"], saved["history"], saved["losses"]
     every, saved_at = max(1, updates // 10), time.monotonic()
@@ -1009,19 +996,20 @@ def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None
         loss = compute_loss(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
         losses.append(loss.detach())
         if (step + 1) % every == 0:
-            mean = float(torch.stack([x.cpu() for x in losses]).mean())
+            mean = sum(float(x) for x in losses) / len(losses)
             if not math.isfinite(mean):
                 raise UserError(f"the loss of {text} is {mean} by update {step + 1}: lower its lr")
             history.append((step + 1, mean, report(step + 1) if report else None))
             losses = []
         if checkpoint and time.monotonic() - saved_at > 30:
-            save_torch(checkpoint, dict(modules=modules.state_dict(), losses=losses, step=step + 1,
-                                        optimizer=optimizer.state_dict(), history=history))
+            save_torch(checkpoint, dict(
+                network=network.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
+                losses=[float(x) for x in losses], history=history))
             saved_at = time.monotonic()
     return history
 
@@ -1034,7 +1022,6 @@ def train(modules, compute_loss, updates, lr, text, checkpoint=None, report=None
 def sam_path(model: str, file: str = "") -> Path:
     """Where the checkpoint of a SAM is: `file`, or its place in torch's hub cache."""
     return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
-
 
 def load_sam(model: str, file: str, device):
     """Official SamPredictor; without `file` its checkpoint is downloaded once, hash checked."""
@@ -1053,7 +1040,6 @@ def load_sam(model: str, file: str, device):
             pickle.UnpicklingError) as error:
         raise UserError(f"--sam-checkpoint {path} is no checkpoint of {model} "
                         f"({first_line(error)})") from error
-
 
 @torch.no_grad()
 
@@ -1083,7 +1069,6 @@ def segment(predictor, frames: np.ndarray, prompt=(), checkpoint=None):
             save_torch(checkpoint, (masks, scores))
     return torch.stack(masks).numpy(), torch.stack(scores).numpy()
 
-
 def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Which of SAM's candidates (n, 3, H, W) bool is the agent, for each keyframe -> (n,).
 
@@ -1099,7 +1084,6 @@ def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         likeness = np.minimum(area, typical) / np.maximum(np.maximum(area, typical), 1e-9)
         chosen = (alone + overlap + likeness).argmax(1)
     return chosen
-
 
 def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
     """Distil keyframes (n, H, W, 3) u8 and their masks (n, H, W) u8 into a small network.
@@ -1125,9 +1109,8 @@ def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
         # Without the cross entropy a student may find nothing anywhere, where gradients vanish.
         return F.binary_cross_entropy_with_logits(logits, true) + 1 - soft_iou
 
-    train([student], loss, config.student_updates, 3e-3, "student")
+    train(student, loss, config.student_updates, 3e-3, "student")
     return student.eval()
-
 
 @torch.no_grad()
 
@@ -1140,7 +1123,6 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
             logits = student(to_float(part.to(device)))
         masks.append((255 * logits.float().sigmoid()).round().byte()[:, 0].cpu().numpy())
     return np.concatenate(masks)
-
 
 def segment_videos(config, videos, device, checkpoint=None):
     """Masks of {name: Video} from a student of SAM, or of the simulator with --masks student.
@@ -1167,7 +1149,6 @@ def segment_videos(config, videos, device, checkpoint=None):
             raise UserError(f"the student of --masks {config.masks} sees no agent in {name} video")
     return student, (frames, labels, student_masks(student, frames), truth), masks, iou
 
-
 def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
     """Masks (n, H, W) u8 made worse as --erode, --dilate, --shift and --occlude say, in this order.
     Erosion and dilation are minima and maxima over squares; occlusion cuts rectangles centred on
@@ -1184,14 +1165,12 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
             mask[max(y[i] - h, 0):y[i] + h, max(x[i] - w, 0):x[i] + w] = 0
     return worse
 
-
 def check_masks(masks: np.ndarray, name: str):
     """UserError where masks leave nothing to weight the loss with."""
     area = float((masks >= 128).mean())
     if area < 1e-3:
         raise UserError(f"the masks of {name} video are empty ({100 * area:.2f} % of the frame): "
                         "less of --erode, --shift, --occlude, or other --masks")
-
 
 def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above, at `where`."""
@@ -1214,66 +1193,53 @@ def masked_mse(prediction, target, mask, background_weight=0.0):
     error = weight * (prediction - target) ** 2  # (B, C, H, W)
     return error.sum() / (prediction.shape[1] * weight.sum())
 
+def make_networks(config, method, actions):
+    """Fresh networks of a method: "idm" and "fdm" or, of a reference, "idm" and a linear "head".
 
-def make_lam(config, seed):
-    """A fresh IDM and FDM with the weights that `seed` gives them."""
-    torch.manual_seed(seed)
-    idm = FrameEncoder(config, 6, config.latent_dim)
-    fdm = ImpalaFDM(config) if config.patch == 1 else PatchFDM(config)
-    return channels_last(idm), channels_last(fdm)
-
-
-def train_lam(config, windows, background_weight, text="lam", report=None, checkpoint=None):
-    """Train a latent action model; -> (idm, fdm, history). report(idm) -> held-out probe NMSE."""
-    idm, fdm = (module.to(windows.device) for module in make_lam(config, config.seed))
-
-    def loss(step):
-        rng = generator(config.seed, "lam", step)
-        chosen = rng.integers(len(windows), size=config.batch_size)
-        k = rng.integers(1, config.offset + 1, config.batch_size)
-        obs, future_obs, next_obs, mask = windows.batch(chosen, k)
-        with autocast(windows.device):
-            prediction = fdm(obs, idm(obs, future_obs))
-        return masked_mse(prediction.float(), next_obs, mask, background_weight)
-
-    progress = report and (lambda step: report(idm))
-    history = train([idm, fdm], loss, config.lam_updates, config.lam_lr, text, checkpoint, progress)
-    return idm.eval(), fdm.eval(), history
-
-
-def train_reference(config, windows, name, checkpoint=None):
-    """What the IDM's network learns from true actions, read through a linear head: bounds for z.
-
-    "supervised-idm" sees what the IDM sees; "past-only" the frames before the action alone, so that
-    it knows of the action what the past tells and nothing else. -> network, (frames) -> (B, Z)."""
+    References bound a latent from both sides: the same network learns from true actions what a
+    linear head can read. "supervised-idm" sees all that an IDM sees; "past-only" nothing after the
+    action, so that it knows of the action what the past tells and no more."""
     torch.manual_seed(config.seed)
-    past_only = name == "past-only"
-    network = FrameEncoder(config, 3 if past_only else 6, config.latent_dim)
-    head = nn.Linear(config.latent_dim, windows.actions().shape[1]).to(windows.device)
-    network = channels_last(network).to(windows.device)
+    idm = FrameEncoder(config, 3 if method == "past-only" else 6, config.latent_dim)
+    if method in REFERENCES:
+        return nn.ModuleDict({"idm": idm, "head": nn.Linear(config.latent_dim, actions)})
+    fdm = ImpalaFDM(config) if config.patch == 1 else PatchFDM(config)
+    return nn.ModuleDict({"idm": idm, "fdm": fdm})
+
+def train_lam(config, windows, method, report=None, checkpoint=None):
+    """Train a method's networks, or a reference's, on windows; -> (networks, history of `train`).
+    report(idm) -> a number for the history, such as the held-out error of a probe."""
+    reference, device = method in REFERENCES, windows.device
+    networks = channels_last(make_networks(config, method, windows.video.actions.shape[2]))
+    networks, idm = networks.to(device), networks["idm"]
+    weight = 1.0 if method == "lapo" else config.background_weight
 
     def loss(step):
         rng = generator(config.seed, "lam", step)
         chosen = rng.integers(len(windows), size=config.batch_size)
-        stacks = [windows.obs(chosen)] if past_only else windows.batch(chosen)[:2]
-        with autocast(windows.device):
-            z = network(*stacks)
-        actions = torch.from_numpy(windows.actions(chosen)).to(z.device)
-        return F.mse_loss(head(z.float()), actions)
+        if reference:
+            with autocast(device):
+                z = idm(windows.seen(chosen, idm.frames))
+            return F.mse_loss(networks["head"](z.float()), windows.labels(chosen))
+        k = rng.integers(1, config.offset + 1, config.batch_size)
+        stacks, next_obs, mask = windows.batch(chosen, k)
+        with autocast(device):
+            prediction = networks["fdm"](stacks[:, :3], idm(stacks))
+        return masked_mse(prediction.float(), next_obs, mask, weight)
 
-    updates = max(1, config.lam_updates // 2)  # true actions are learnt sooner than pixels
-    train([network, head], loss, updates, config.lam_lr, name, checkpoint)
-    return network.eval()
-
+    # True actions are learnt sooner than pixels.
+    updates = max(1, config.lam_updates // 2) if reference else config.lam_updates
+    progress = report and (lambda step: report(idm))
+    history = train(networks, loss, updates, config.lam_lr, method, checkpoint, progress)
+    return networks.eval(), history
 
 @torch.no_grad()
-def latents(network, windows: Windows, chosen: np.ndarray, past_only=False) -> np.ndarray:
-    """Latent actions (n, Z) f32 of the chosen windows, k = 1."""
+def latents(network, windows: Windows, chosen: np.ndarray) -> np.ndarray:
+    """Latent actions (n, Z) f32 that an IDM, or a policy, gives the chosen windows, k = 1."""
     parts = []
     for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
-        stacks = [windows.obs(part)] if past_only else windows.batch(part)[:2]
         with autocast(windows.device):
-            z = network(*stacks)
+            z = network(windows.seen(part, network.frames))
         parts.append(z.float().cpu())
     return torch.cat(parts).numpy()
 
@@ -1290,7 +1256,6 @@ def ridge(inputs, targets, penalty=1e-4):
     weights = np.linalg.solve(gram, X.T @ (targets - offset))
     return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + offset
 
-
 def nmse(prediction, target) -> np.ndarray:
     """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
     variance = target.var(0)
@@ -1299,12 +1264,10 @@ def nmse(prediction, target) -> np.ndarray:
         raise UserError(f"dimensions {constant} of what is probed never change: no NMSE")
     return ((prediction - target) ** 2).mean(0) / variance
 
-
 def r2(prediction, target) -> float:
     """1 - NMSE, averaged over the dimensions that vary at all; 0 where none does."""
     moves = target.var(0) > 1e-3
     return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
-
 
 def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
     """Frame t + 1 with the agent masked out, averaged over 4x4 blocks: (n, 48) f32."""
@@ -1316,7 +1279,6 @@ def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
         weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1)
         blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
     return torch.cat(blocks).flatten(1).cpu().numpy()
-
 
 def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, limit=10_000) -> dict:
     """Linear probes of encode(windows, chosen) -> (n, Z), fitted on at most `limit` windows of
@@ -1338,6 +1300,12 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, li
         probe_nmse_noise=float(nmse(noise(z_unseen), heldout.noise()).mean()),
         probe_nmse_decorrelated=float(nmse(action(z_others), decorrelated.actions()).mean()),
         leakage_r2=r2(background(z_unseen), next_background(heldout, unseen)))
+
+def quick_probe(idm, training, heldout, limit=1000) -> float:
+    """Held-out NMSE of the action on a thousand windows, while an IDM learns."""
+    some, unseen = (generator(0, "quick").permutation(len(w))[:limit] for w in (training, heldout))
+    read = ridge(latents(idm, training, some), training.actions(some))
+    return float(nmse(read(latents(idm, heldout, unseen)), heldout.actions(unseen)).mean())
 
 
 # ==== 11. Latent policy [policy] ==================================================================
@@ -1362,24 +1330,21 @@ def regress(config, network, inputs, targets, rows, updates, lr, text, checkpoin
 
     @torch.no_grad()
     def report(step):
-        return float(error(held))
+        return None if held is None else float(error(held))
 
-    return train([network], loss, updates, lr, text, checkpoint,
-                 report if held is not None else None, stop)
+    return train(network, loss, updates, lr, text, checkpoint, report, stop)
 
-
-def regress_few(config, build, inputs, targets, rows, updates, lr, text):
-    """`regress` for few labels: the last fifth of the rows says after how many updates a network
-    from build() has learnt the most, then another learns from all rows for as long."""
-    torch.manual_seed(config.seed + 2)
+def regress_few(config, network, inputs, targets, rows, lr, text):
+    """`regress` for few labels: the last fifth of the rows says after how many updates the network
+    has learnt the most; then it starts again and learns from all rows for as long."""
+    fresh = copy.deepcopy(network.state_dict())
+    fit = functools.partial(regress, config, network, inputs, targets, lr=lr, text=text,
+                            updates=config.decoder_updates)
     first, held = np.split(rows, [len(rows) * 4 // 5])
-    history = regress(config, build(), inputs, targets, first, updates, lr, text, None, held)
-    stop, _, _ = min(history, key=lambda row: row[2])
-    torch.manual_seed(config.seed + 2)
-    network = build()
-    regress(config, network, inputs, targets, rows, updates, lr, text, stop=stop)
-    return network.eval()
-
+    stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
+    network.load_state_dict(fresh)
+    history = fit(rows=rows, stop=stop)
+    return network.eval(), history
 
 def labelled_windows(config, windows: Windows) -> np.ndarray:
     """Windows (n,) whose actions may be seen: whole demonstrations, drawn at random."""
@@ -1388,50 +1353,50 @@ def labelled_windows(config, windows: Windows) -> np.ndarray:
     place = np.argsort(order)[windows.e[demonstrations]]
     return demonstrations[np.argsort(place, kind="stable")][:config.labels]
 
+def make_policy(config, outputs):
+    """A fresh network from the stack obs to `outputs` numbers, actions or latent actions."""
+    torch.manual_seed(config.seed + 1)
+    return channels_last(FrameEncoder(config, 3, outputs))
 
-def new_policy(config, windows, outputs):
-    """A fresh network from obs (B, 3, H, W, C) u8 to (B, outputs)."""
-    return channels_last(FrameEncoder(config, 3, outputs)).to(windows.device)
-
-
-def new_decoder(config, actions):
+def make_decoder(config, actions):
     """A fresh MLP from latent actions to actions."""
+    torch.manual_seed(config.seed + 2)
     return nn.Sequential(nn.Linear(config.latent_dim, 256), nn.ReLU(), nn.Linear(256, actions))
 
-
-def clone(config, windows, targets, rows, text, checkpoint=None):
-    """Behaviour cloning of targets (len(windows), D), latent or true actions, on rows -> policy."""
-    torch.manual_seed(config.seed + 1)
-    policy = new_policy(config, windows, targets.shape[1])
-    regress(config, policy, windows.obs, targets, rows, config.policy_updates, config.policy_lr,
-            text, checkpoint)
-    return policy.eval()
-
-
-def clone_labels(config, windows, labelled, text="labels-only"):
-    """Behaviour cloning of the labelled windows alone, for as long as serves it -> policy."""
-    actions = windows.actions()
-    return regress_few(config, lambda: new_policy(config, windows, actions.shape[1]), windows.obs,
-                       actions, labelled, config.decoder_updates, config.policy_lr, text)
-
-
-def latent_policy(config, idm, windows, labelled, text="policy", checkpoint=None):
-    """Pixels -> actions through latent actions: clone them, then decode; -> nn.Sequential.
-
-    The policy is cloned from what a frozen IDM says of the demonstrations, scaled to unit variance,
-    as a latent's scale is arbitrary. True actions are read of the windows `labelled` (n,) alone."""
+def clone(config, windows, targets, text, checkpoint=None):
+    """Behaviour cloning of targets (len(windows), D), latent or true actions.
+    -> policy, history of `train`; so do the two functions below."""
+    policy = make_policy(config, targets.shape[1]).to(windows.device)
     rows = windows.demonstrations()
-    z = np.zeros((len(windows), config.latent_dim), np.float32)
-    z[rows] = latents(idm, windows, rows)
-    z = (z - z[rows].mean(0)) / (z[rows].std(0) + 1e-6)
-    policy = clone(config, windows, z, rows, text, checkpoint)
+    history = regress(config, policy, windows.seen, targets, rows, config.policy_updates,
+                      config.policy_lr, text, checkpoint)
+    return policy.eval(), history
 
-    cloned = torch.from_numpy(latents(policy, windows, labelled, past_only=True)).to(windows.device)
+def latent_targets(idm, windows) -> np.ndarray:
+    """What a frozen IDM says of the demonstrations (len(windows), Z), 0 elsewhere; scaled to unit
+    variance, as a latent's scale is arbitrary."""
+    rows = windows.demonstrations()
+    z = latents(idm, windows, rows)
+    targets = np.zeros((len(windows), z.shape[1]), np.float32)
+    targets[rows] = (z - z.mean(0)) / (z.std(0) + 1e-6)
+    return targets
+
+def decode(config, policy, windows, labelled, text):
+    """Teach a policy that emits latent actions what they do -> one that emits actions.
+    True actions are read of the windows `labelled` (n,) alone."""
+    cloned = torch.from_numpy(latents(policy, windows, labelled)).to(windows.device)
     actions = windows.actions(labelled)
-    decoder = regress_few(config, lambda: new_decoder(config, actions.shape[1]).to(cloned.device),
-                          lambda batch: cloned[torch.from_numpy(batch)], actions,
-                          np.arange(len(labelled)), config.decoder_updates, 1e-3, f"{text} decoder")
-    return nn.Sequential(policy, decoder)
+    decoder = make_decoder(config, actions.shape[1]).to(windows.device)
+    rows = np.arange(len(labelled))
+    _, history = regress_few(config, decoder, lambda batch: cloned[torch.from_numpy(batch)],
+                             actions, rows, 1e-3, f"{text} decoder")
+    return nn.Sequential(policy, decoder), history
+
+def clone_labels(config, windows, labelled):
+    """Behaviour cloning of the labelled windows alone, for as long as serves it."""
+    policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
+    return regress_few(config, policy, windows.seen, windows.actions(), labelled,
+                       config.policy_lr, "labels-only")
 
 
 # ==== 12. Evaluation [evaluate] ===================================================================
@@ -1473,7 +1438,6 @@ def rollout(job):
         stack = stack[1:] + [seen(frames, masks)]
     return returns, np.stack(film)
 
-
 def evaluate(config, policy: nn.Module, text, student=None, pmap=map):
     """Returns (eval_episodes,) of a pixel policy, and a film of the first episode."""
     pickled = pickle.dumps((policy.cpu(), copy.deepcopy(student).cpu() if student else None))
@@ -1481,7 +1445,6 @@ def evaluate(config, policy: nn.Module, text, student=None, pmap=map):
     jobs = [(config, pickled, seeds[i:i + 5]) for i in range(0, len(seeds), 5)]
     results = list(tqdm(pmap(rollout, jobs), f"evaluate {text}", len(jobs), leave=False))
     return np.concatenate([returns for returns, _ in results]), results[0][1]
-
 
 def evaluate_state_policy(config, name):
     """Returns (eval_episodes,) of "expert" or "random", which read states, not pixels."""
@@ -1500,6 +1463,12 @@ COLUMNS = {"probe_nmse": "NMSE", "probe_nmse_noise": "of noise",
 COLORS = {"lapo": "tab:red", "masklam": "tab:green", "oracle": "tab:gray",
           "labels-only": "silver", "supervised-idm": "tab:blue", "past-only": "tab:olive"}
 
+def normalized(value, chance, expert):
+    """A return on the scale of 0 = random and 1 = expert."""
+    if expert <= chance:
+        raise UserError(f"the expert earns {expert:.0f} and random actions {chance:.0f}: search "
+                        "the task's expert again, or evaluate longer")
+    return (value - chance) / (expert - chance)
 
 def table(results: dict) -> str:
     """The results' methods and references as lines of text."""
@@ -1518,17 +1487,14 @@ def table(results: dict) -> str:
     lines.append(f"noise is {results['noise_share']:.2f} of the actions' variance")
     return "\n".join(lines)
 
-
 def show(ax, picture, title, left=""):
     ax.imshow(picture, cmap="gray", vmin=0, vmax=255)
     ax.set(xticks=[], yticks=[], ylabel=left)
     ax.set_title(title, fontsize=8)
 
-
 def save_figure(figure, path):
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
-
 
 def plot_bars(ax, rows, key, title):
     rows = {name: row for name, row in rows.items() if key in row}
@@ -1538,6 +1504,17 @@ def plot_bars(ax, rows, key, title):
     ax.tick_params(axis="x", labelrotation=30, labelsize=8)
     ax.set_title(title, fontsize=9)
 
+def picture(image: torch.Tensor) -> np.ndarray:
+    """The first of (B, C, H, W) in [-0.5, 0.5] -> (H, W, C) u8."""
+    pixels = (255 * (image[0].float().cpu() + 0.5)).clamp(0, 255)
+    return pixels.byte().permute(1, 2, 0).numpy()
+
+@torch.no_grad()
+def predict_one(windows, networks):
+    """(true next frame, predicted, mask), u8, of one window: the same for all networks."""
+    stacks, next_obs, mask = windows.batch(np.array([len(windows) // 3]))
+    predicted = networks["fdm"](stacks[:, :3], networks["idm"](stacks))
+    return picture(next_obs), picture(predicted), picture(mask - 0.5)[..., 0]
 
 def plot_summary(results, histories, predictions, path):
     """Bars of NMSEs and returns, {method: history} of `train`, and what each FDM predicted.
@@ -1565,25 +1542,17 @@ def plot_summary(results, histories, predictions, path):
         show(row[3], mask, "mask")
     save_figure(figure, path)
 
-
-def plot_masks(frames, labels, students, truth, heldout, heldout_truth, path):
-    """Keyframes with the best, median, worst label (or student); area in held-out episodes."""
+def plot_masks(frames, labels, students, truth, path):
+    """Keyframes whose label (or else student) is best, median and worst, against the simulator."""
     order = np.lexsort([[-mask_iou(a, b) for a, b in zip(x, truth)] for x in (students, labels)])
-    figure = Figure(figsize=(11, 5))
-    left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
-    pictures = {"frame": frames, "label": labels, "student": students, "simulator": truth}
+    figure = Figure(figsize=(8, 6), layout="constrained")
     ranks = zip(("best", "median", "worst"), order[[0, len(order) // 2, -1]])
-    for row, (rank, i) in zip(left.subplots(3, 4), ranks):
-        for ax, (title, images) in zip(row, pictures.items()):
-            iou = f" {mask_iou(images[i], truth[i]):.2f}" if title in ("label", "student") else ""
-            show(ax, images[i], title + iou, rank if title == "frame" else "")
-    ax = right.subplots()
-    for name, masks in (("student", heldout), ("simulator", heldout_truth)):
-        ax.plot(masks.mean((0, 2, 3)) / 255, label=name)
-    ax.set(xlabel="step", title="agent, fraction of held-out frames", ylim=(0, None))
-    ax.legend()
+    for row, (rank, i) in zip(figure.subplots(3, 4), ranks):
+        show(row[0], frames[i], "frame", rank)
+        show(row[1], labels[i], f"label, IoU {mask_iou(labels[i], truth[i]):.2f}")
+        show(row[2], students[i], f"student, IoU {mask_iou(students[i], truth[i]):.2f}")
+        show(row[3], truth[i], "simulator")
     save_figure(figure, path)
-
 
 def save_animation(films, path, seconds, scale=3):
     """Side-by-side GIF of {title: (t, H, W, 3) u8}, `seconds` a frame."""
@@ -1598,15 +1567,25 @@ def save_animation(films, path, seconds, scale=3):
         images[0].save(file, "GIF", save_all=True, append_images=images[1:],
                        duration=round(1000 * seconds), loop=0)
 
+def summarize(results: list[dict]) -> dict:
+    """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
+    n = len(results)
+    t95 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n - 1, 9)]
+    methods = {}
+    for name, row in results[0]["methods"].items():
+        methods[name] = {}
+        for key in (k for k, v in row.items() if isinstance(v, (int, float))):
+            values = np.array([r["methods"][name][key] for r in results], float)
+            std = float(values.std(ddof=1)) if n > 1 else 0.0
+            methods[name][key] = dict(mean=float(values.mean()), std=std,
+                                      median=float(np.median(values)), interval=t95 * std / n**0.5)
+    return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
+
 
 # ==== 14. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. A stage's results are cached under a key made of the
 # config fields and the source text that they depend on, written whole or not at all, and taken up
 # again where a killed run stopped.
-REFERENCES = ("past-only", "supervised-idm")  # networks that learn from true actions, to be probed
-CLONES = ("oracle", "labels-only")  # policies cloned from true actions: all, the labelled ones
-
-
 @functools.cache
 def source_text(stage: str) -> str:
     """The source of the sections whose banner names this stage or an earlier one."""
@@ -1615,7 +1594,6 @@ def source_text(stage: str) -> str:
     known = STAGES[:STAGES.index(stage) + 1]
     return "".join(body.split("\n# ====")[0] for name, body in zip(sections[1::2], sections[2::2])
                    if name in known)
-
 
 def cache_key(config, stage, name) -> str:
     """Twelve hex digits that change with any field or line of code up to a stage."""
@@ -1626,24 +1604,18 @@ def cache_key(config, stage, name) -> str:
     text = json.dumps([name, chosen, task, source_text(stage)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-
 def start_worker():
-    """Prepare a worker process: one thread, and no life without its parent."""
+    """Prepare a worker process: one thread, deaf to Ctrl-C, and no life without its parent."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-
 @contextlib.contextmanager
 def worker_pool():
-    """One single-thread process a core. Ctrl-C is for this process alone; when the block is left,
-    what has not started never will."""
+    """One single-thread process a core; none outlives the block."""
     context = multiprocessing.get_context("spawn")  # fork does not mix with threads
     pool = futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker)
-    heed = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what starts now inherits that
-    for _ in range(os.cpu_count()):
-        pool.submit(os.getpid)
-    signal.signal(signal.SIGINT, heed)
     try:
         yield pool
     except BaseException:
@@ -1653,20 +1625,20 @@ def worker_pool():
     finally:
         pool.shutdown(cancel_futures=True)
 
-
 def compute_in_worker(job):
     """Compute one result of (config, folder, stage, name), which leaves it in the run's cache."""
     config, folder, stage, name = job
     getattr(Run(config, folder, torch.device("cpu")), stage)(name)
 
-
 class Run:
-    """One seed's folder: its cache, its clock and its results."""
+    """One seed's folder: its cache, its clock and its results. A stage is a method that computes a
+    named result, or takes it from the cache."""
 
     def __init__(self, config: Config, folder: Path, device, pool=None):
         self.config, self.folder, self.device, self.pool = config, folder, device, pool
         self.cache, self.seconds = folder / "cache", {}
         self.pmap = pool.map if pool else map
+        self.cache.mkdir(parents=True, exist_ok=True)
 
     def path(self, stage, name) -> Path:
         return self.cache / f"{stage}-{name}-{cache_key(self.config, stage, name)}.pt"
@@ -1687,60 +1659,55 @@ class Run:
         return payload
 
     def side_by_side(self, stage, names):
-        """Compute a stage's missing results; on a CPU in workers, as two threads on two busy cores
-        wait for each other, on a GPU one after the other."""
-        missing = [name for name in names if not self.path(stage, name).exists()]
+        """A stage's results {name: ...}; on a CPU what is missing is computed in workers, as two
+        threads on two busy cores wait for each other, on a GPU one after the other."""
         if self.pool and self.device.type == "cpu":
-            jobs = [(self.config, self.folder, stage, name) for name in missing]
+            jobs = [(self.config, self.folder, stage, name) for name in names
+                    if not self.path(stage, name).exists()]
             list(self.pool.map(compute_in_worker, jobs))
-        else:
-            for name in missing:
-                getattr(self, stage)(name)
+        return {name: getattr(self, stage)(name) for name in names}
 
     @functools.cached_property
     def videos(self):
         """{"training", "heldout", "decorrelated": Video}; records them where need be."""
         folder = self.path("record", "video").with_suffix("")
-
-        def compute(_):
-            return record(self.config, folder, self.pmap)
-
-        self.frames = self.cached("record", "video", compute)
+        self.frames = self.cached("record", "video",
+                                  lambda _: record(self.config, folder, self.pmap))
+        check_arrays(folder)
         return {name: Video.open(folder / name) for name in SPLITS[:3]}
 
     @functools.cached_property
     def masks(self):
         """-> (student or None, {video's name: masks}, {video's name: IoU with the simulator's})."""
-        config = self.config
+        config, videos = self.config, self.videos
         folder = self.path("mask", "masks").with_suffix("")
 
         def compute(partial):
-            state, iou, truth = None, {}, {k: video.masks for k, video in self.videos.items()}
-            masks = truth
+            state, iou = None, {}
+            masks = truth = {name: video.masks for name, video in videos.items()}
             if config.masks != "simulator":
-                student, labels, masks, iou = segment_videos(config, self.videos, self.device,
-                                                             partial)
-                plot_masks(*labels, masks["heldout"], truth["heldout"], self.folder / "masks.png")
+                student, labels, masks, iou = segment_videos(config, videos, self.device, partial)
+                plot_masks(*labels, self.folder / "masks.png")
                 state = student.state_dict()
             if config.erode or config.dilate or config.shift or config.occlude:
                 masks = {name: np.stack([degrade(config, episode, generator(config.seed, name, i))
                                          for i, episode in enumerate(found)])
                          for name, found in masks.items()}
+            for name, found in masks.items():
+                check_masks(found, name)
             if masks is not truth:
                 folder.mkdir(exist_ok=True)
                 for name, found in masks.items():
-                    iou[name] = mask_iou(found, truth[name], self.videos[name].valid)
-                    with written_whole(folder / f"{name}.npy") as temporary:
-                        with open(temporary, "wb") as file:
-                            np.save(file, found)
-            for name, found in masks.items():
-                check_masks(found, name)
+                    iou[name] = mask_iou(found, truth[name], videos[name].valid)
+                    np.save(folder / f"{name}.npy", found)
+                save_json(folder / "checksums.json", array_checksums(folder))
             return state, iou
 
         state, iou = self.cached("mask", "masks", compute)
-        masks = {name: np.load(folder / f"{name}.npy", "c") if folder.exists() else video.masks
-                 for name, video in self.videos.items()}
-        student = None
+        masks, student = {name: video.masks for name, video in videos.items()}, None
+        if folder.exists():
+            check_arrays(folder)
+            masks = {name: np.load(folder / f"{name}.npy", "c") for name in videos}
         if state:
             student = Student().to(self.device)
             student.load_state_dict(state)
@@ -1753,71 +1720,70 @@ class Run:
         return [Windows(replace(video, masks=masks[name]), self.device, self.config.mask_input)
                 for name, video in self.videos.items()]
 
+    @property
+    def actions(self):
+        """How many numbers an action has."""
+        return self.videos["training"].actions.shape[2]
+
+    def trained(self, stage, name, fresh, train):
+        """fresh, with the weights that train(checkpoint) -> (network, history) gives, or once gave;
+        and the history."""
+        def compute(partial):
+            network, history = train(partial)
+            return network.state_dict(), history
+
+        state, history = self.cached(stage, name, compute)
+        fresh.load_state_dict(state)
+        return channels_last(fresh).to(self.device).eval(), history
+
     def lam(self, name):
-        """-> networks of a method (idm, fdm) or a reference (network, None), and the history."""
+        """-> the networks of a method or a reference, see `make_networks`, and their history."""
         config, (training, heldout, _) = self.config, self.windows
-        some = [generator(config.seed, "report").permutation(len(w))[:1000]
-                for w in (training, heldout)]
 
         def progress(idm):
-            read = ridge(latents(idm, training, some[0]), training.actions(some[0]))
-            unseen = read(latents(idm, heldout, some[1]))
-            return float(nmse(unseen, heldout.actions(some[1])).mean())
+            return quick_probe(idm, training, heldout)
 
-        def compute(partial):
-            if name in REFERENCES:
-                return train_reference(config, training, name, partial).state_dict(), None, []
-            weight = 1.0 if name == "lapo" else config.background_weight
-            idm, fdm, history = train_lam(config, training, weight, name, progress, partial)
-            return idm.state_dict(), fdm.state_dict(), history
-
-        idm_state, fdm_state, history = self.cached("lam", name, compute)
-        idm, fdm = make_lam(config, 0)
-        if name in REFERENCES:
-            frames = 3 if name == "past-only" else 6
-            idm, fdm = FrameEncoder(config, frames, config.latent_dim), None
-        else:
-            fdm.load_state_dict(fdm_state)
-            fdm.to(self.device).eval()
-        idm.load_state_dict(idm_state)
-        return channels_last(idm).to(self.device).eval(), fdm, history
+        return self.trained("lam", name, make_networks(config, name, self.actions), lambda partial:
+                            train_lam(config, training, name, progress, partial))
 
     def probe(self, name):
         """-> the probe's numbers of a method's frozen IDM, or of a reference."""
         def compute(_):
-            network, _, _ = self.lam(name)
-
-            def encode(windows, chosen):
-                return latents(network, windows, chosen, name == "past-only")
-
-            return probe(encode, *self.windows, self.config.probe_windows)
+            idm = self.lam(name)[0]["idm"]
+            return probe(functools.partial(latents, idm), *self.windows, self.config.probe_windows)
 
         return self.cached("probe", name, compute)
 
     def policy(self, name):
-        """-> (pixel policy of a method or a clone, number of labels it used)."""
+        """-> a policy that emits a method's latent actions, or the oracle's, that emits actions."""
         config, training = self.config, self.windows[0]
-        labelled = labelled_windows(config, training)
-        everything = training.demonstrations()
-        A = training.video.actions.shape[-1]
 
-        def compute(partial):
+        def train(partial):
             if name == "oracle":
-                policy = clone(config, training, training.actions(), everything, name, partial)
-            elif name == "labels-only":
-                policy = clone_labels(config, training, labelled)
+                targets = training.actions()
             else:
-                idm, _, _ = self.lam(name)
-                policy = latent_policy(config, idm, training, labelled, f"{name} policy", partial)
-            return policy.state_dict()
+                targets = latent_targets(self.lam(name)[0]["idm"], training)
+            return clone(config, training, targets, f"{name} policy", partial)
 
-        if name in CLONES:
-            policy = new_policy(config, training, A)
+        outputs = self.actions if name == "oracle" else config.latent_dim
+        return self.trained("policy", name, make_policy(config, outputs), train)[0]
+
+    def decode(self, name):
+        """-> (policy from pixels to actions, how many labels it used)."""
+        config, training = self.config, self.windows[0]
+        if name == "oracle":
+            return self.policy(name), len(training.demonstrations())
+        labelled = labelled_windows(config, training)
+        if name == "labels-only":
+            fresh = make_policy(config, self.actions)
+            policy, _ = self.trained("decode", name, fresh, lambda _: clone_labels(
+                config, training, labelled))
         else:
-            policy = nn.Sequential(new_policy(config, training, config.latent_dim),
-                                   new_decoder(config, A).to(self.device))
-        policy.load_state_dict(self.cached("policy", name, compute))
-        return policy.eval(), len(everything if name == "oracle" else labelled)
+            fresh = nn.Sequential(make_policy(config, config.latent_dim),
+                                  make_decoder(config, self.actions))
+            policy, _ = self.trained("decode", name, fresh, lambda _: decode(
+                config, self.policy(name), training, labelled, name))
+        return policy, len(labelled)
 
     def evaluate(self, name):
         """-> (returns, film) of a pixel policy, or (returns, None) of "expert" and "random"."""
@@ -1825,7 +1791,7 @@ class Run:
             if name in ("expert", "random"):
                 return torch.from_numpy(evaluate_state_policy(self.config, name)), None
             student = self.masks[0] if self.config.mask_input else None
-            policy, _ = self.policy(name)
+            policy, _ = self.decode(name)
             returns, film = evaluate(self.config, policy, name, student, self.pmap)
             return torch.from_numpy(returns), torch.from_numpy(film)
 
@@ -1838,23 +1804,14 @@ class Run:
         expert, chance = (float(self.evaluate(n)[0].mean()) for n in ("expert", "random"))
         for name in (*config.methods, *CLONES):
             returns, films[name] = self.evaluate(name)
-            _, labels = self.policy(name)
-            mean = float(returns.mean())
+            mean, (_, labels) = float(returns.mean()), self.decode(name)
             rows[name] = (self.probe(name) if name in config.methods else {}) | dict(
                 return_mean=mean, return_std=float(returns.std()), return_n=len(returns),
-                normalized_return=(mean - chance) / (expert - chance), labels=labels)
+                normalized_return=normalized(mean, chance, expert), labels=labels)
         for name in REFERENCES:
             rows[name] = self.probe(name)
 
         training, heldout, _ = self.windows
-        shown = np.array([len(heldout) // 3])  # one held-out window, the same for all
-        obs, future_obs, next_obs, mask = heldout.batch(shown)
-        pictures, histories = {}, {}
-        for method in config.methods:
-            idm, fdm, histories[method] = self.lam(method)
-            with torch.no_grad():
-                predicted = picture(fdm(obs, idm(obs, future_obs)))
-            pictures[method] = (picture(next_obs), predicted, picture(mask - 0.5)[..., 0])
         share = training.noise().var(0) / training.actions().var(0)
         results = dict(
             task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
@@ -1864,7 +1821,12 @@ class Run:
                      for stage in STAGES[:-1]},
             rates=self.rates(), noise_share=float(share.mean()), expert_return=expert,
             random_return=chance, methods=rows)
-        plot_summary(results, histories, pictures, self.folder / "summary.png")
+
+        lams = {name: self.lam(name) for name in config.methods}
+        histories = {name: history for name, (_, history) in lams.items()}
+        predictions = {name: predict_one(heldout, networks)
+                       for name, (networks, _) in lams.items()}
+        plot_summary(results, histories, predictions, self.folder / "summary.png")
         save_animation({m: films[m] for m in config.methods}, self.folder / "rollouts.gif",
                        state_env(config.task).dt)
         save_json(self.folder / "results.json", results)
@@ -1882,79 +1844,86 @@ class Run:
 
     def execute(self, until="report"):
         """Every stage up to and including `until`; -> results.json's content if that is report."""
-        config, last = self.config, STAGES.index(until)
+        methods, last = self.config.methods, STAGES.index(until)
         self.videos
         if last >= STAGES.index("mask"):
             self.masks
         if last >= STAGES.index("lam"):
-            self.side_by_side("lam", (*config.methods, *REFERENCES))
+            self.side_by_side("lam", (*methods, *REFERENCES))
         if last >= STAGES.index("probe"):
-            self.side_by_side("probe", (*config.methods, *REFERENCES))
-            for name in (*config.methods, *REFERENCES):
-                row = self.probe(name)
+            for name, row in self.side_by_side("probe", (*methods, *REFERENCES)).items():
                 print(f"{name:16} probe NMSE {row['probe_nmse']:.2f}, of the noise "
                       f"{row['probe_nmse_noise']:.2f}")
         if last >= STAGES.index("policy"):
-            self.side_by_side("policy", (*config.methods, *CLONES))
+            self.side_by_side("policy", (*methods, "oracle"))
+        if last >= STAGES.index("decode"):
+            self.side_by_side("decode", (*methods, "labels-only"))
         if last >= STAGES.index("evaluate"):
-            for name in (*config.methods, *CLONES, "expert", "random"):
+            for name in (*methods, *CLONES, "expert", "random"):
                 self.evaluate(name)
         return self.report() if until == "report" else None
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
-def picture(image: torch.Tensor) -> np.ndarray:
-    """The first of (B, C, H, W) in [-0.5, 0.5] -> (H, W, C) u8."""
-    pixels = (255 * (image[0].float().cpu() + 0.5)).clamp(0, 255)
-    return pixels.byte().permute(1, 2, 0).numpy()
-
-
-def summarize(results: list[dict]) -> dict:
-    """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
-    n = len(results)
-    t95 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n - 1, 9)]
-    methods = {}
-    for name, row in results[0]["methods"].items():
-        methods[name] = {}
-        for key in (k for k, v in row.items() if isinstance(v, (int, float))):
-            values = np.array([r["methods"][name][key] for r in results], float)
-            std = float(values.std(ddof=1)) if n > 1 else 0.0
-            methods[name][key] = dict(mean=float(values.mean()), std=std,
-                                      median=float(np.median(values)), interval=t95 * std / n**0.5)
-    return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
-
-
-def check_config(config: Config):
-    """Raise UserError unless every field is allowed and they fit together."""
+def check_config(config: Config, given=()):
+    """UserError unless all fields are allowed, fit together, and those given by name matter."""
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
-        flag = "--" + f.name.replace("_", "-")
         for v in value if isinstance(value, tuple) else (value,):
             if limits["choices"] and v not in limits["choices"]:
-                raise UserError(f"{flag} is {v!r}; allowed: {', '.join(limits['choices'])}")
+                allowed = ", ".join(limits["choices"])
+                raise UserError(f"{flag(f.name)} is {v!r}; allowed: {allowed}")
             low, high = limits["low"], limits["high"]
             if low is not None and not (math.isfinite(v) and low <= v <= high):
-                raise UserError(f"{flag} is {v}; allowed: {low} to {high}")
-    for point in config.prompt:
-        if not re.fullmatch(r"-?\d+,\d+", point):
-            raise UserError(f"--prompt is {point!r}; allowed: x,y or -x,y in pixels, like 32,28")
-    try:
-        state_env(config.task).model
-    except (gym.error.Error, AttributeError) as error:
-        raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
-                        f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
+                raise UserError(f"{flag(f.name)} is {v}; allowed: {low} to {high}")
 
-    if config.patch > 1 and len(config.fdm_widths) != 2:
-        raise UserError("--fdm-widths must be two numbers where --patch is larger than 1")
-    for flag, widths in (("idm", config.idm_widths), ("fdm", config.fdm_widths)):
+    useless = dict.fromkeys(("prompt", "sam_model", "sam_checkpoint"),
+                            config.masks not in ("auto", "sam"))
+    useless |= dict.fromkeys(("keyframes", "student_updates"), config.masks == "simulator")
+    useless |= dict(correlation=config.distractor == "none", blocks=config.patch > 1,
+                    background_weight="masklam" not in config.methods)
+    for name in given:
+        if useless.get(name):
+            raise UserError(f"{flag(name)} has no effect with the other settings; leave it out")
+    if len(set(config.methods)) < len(config.methods):
+        raise UserError("--methods names one twice")
+    for point in config.prompt:
+        inside = re.fullmatch(r"-?(\d+),(\d+)", point)
+        if not inside or max(map(int, inside.groups())) >= config.frame_size:
+            raise UserError(f"--prompt is {point!r}; allowed: x,y or -x,y in pixels of the frame, "
+                            "like 32,28")
+    check_sizes(config)
+    check_task(config)
+
+def check_sizes(config):
+    """UserError unless the numbers of a config fit each other."""
+    for name, widths in (("idm_widths", config.idm_widths), ("fdm_widths", config.fdm_widths)):
         stride = config.patch * 2 ** (len(widths) - (config.patch > 1))
         if config.frame_size % stride:
             raise UserError(f"--frame-size is {config.frame_size}; allowed: multiples of {stride} "
-                            f"(--patch, and a halving for each of --{flag}-widths)")
+                            f"(--patch, and a halving for each of {flag(name)})")
+    if config.masks != "simulator" and config.frame_size % 16:
+        raise UserError(f"--frame-size is {config.frame_size}; allowed with --masks "
+                        f"{config.masks}: multiples of 16")
     demonstrated = (config.episodes + 1) // 2 * (config.steps - 1)
     if config.labels > demonstrated:
         raise UserError(f"--labels is {config.labels}; allowed: 10 to {demonstrated}, the "
                         "transitions of the demonstrations, half of --episodes times --steps")
+    if config.keyframes > config.episodes * config.steps:
+        raise UserError(f"--keyframes is {config.keyframes}; allowed: 4 to "
+                        f"{config.episodes * config.steps}, all frames")
 
+def check_task(config):
+    """UserError unless the task is an environment whose agent the masks would show."""
+    try:
+        env = Distractors(bare_env(config.task), "none", camera=get_task(config.task).camera,
+                          size=config.frame_size)
+    except (gym.error.Error, ImportError, AttributeError) as error:
+        raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
+                        f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
+    _, info = env.reset(seed=0)
+    check_masks(degrade(config, info["mask"][None], generator(0, "check")), "a first")
 
 def search_expert(name, seed):
     """Train a task's expert anew and print its entries for TASKS and EXPERTS."""
@@ -1966,7 +1935,6 @@ def search_expert(name, seed):
     literal, returns = train_expert(name, **task.search, seed=seed)
     print(f'    "{name}": "{literal}",')
     print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
-
 
 def parse(argv):
     """Command line -> (config, all options given). Presets yield to flags given by name."""
@@ -1983,8 +1951,8 @@ def parse(argv):
             kind = dict(type=type((*f.default, "")[0]), nargs="+", action="extend")
         else:
             kind = dict(type=type(f.default))
-        parser.add_argument("--" + f.name.replace("_", "-"), **kind,
-                            help=f"{f.metadata['help']} (default {f.default})")
+        help_text = f"{f.metadata['help']} (default {f.default})"
+        parser.add_argument(flag(f.name), **kind, help=help_text)
     parser.add_argument("--preset", choices=PRESETS, default="laptop",
                         help="sizes of everything (default laptop); gpu, paper: not yet run")
     parser.add_argument("--seeds", type=int, default=None, help="run seeds 0 .. N-1, summarise")
@@ -1999,35 +1967,45 @@ def parse(argv):
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()
               if hasattr(Config, k)}
     config = Config(**PRESETS[options.preset] | chosen)
-    check_config(config)
+    check_config(config, chosen)
     if options.seeds is not None and not 1 <= options.seeds <= 1000:
         raise UserError(f"--seeds is {options.seeds}; allowed: 1 to 1000")
+    if options.seeds is not None and "seed" in chosen:
+        raise UserError("--seed has no effect with --seeds; leave it out")
+    if not options.train_expert and config.task not in EXPERTS:
+        raise UserError(f"--task {config.task} has no expert: search one with --train-expert, "
+                        "and put the entries that it prints into TASKS and EXPERTS")
     return config, options
-
 
 def resolve_masks(config):
     """Say where masks come from; -> config with masks "auto" replaced by what it stands for."""
-    if config.masks != "auto":
-        return config
     path = sam_path(config.sam_model, config.sam_checkpoint)
-    if config.sam_checkpoint or path.exists():
+    if config.masks == "sam" or config.masks == "auto" and (config.sam_checkpoint or path.exists()):
+        load_sam(config.sam_model, config.sam_checkpoint, "cpu")  # before an hour of other work
         print(f"masks: sam, from {path}")
         return replace(config, masks="sam")
-    print("masks: the simulator's own; for SAM's: --masks sam, which downloads "
-          f"{path.name}, or --sam-checkpoint FILE")
-    return replace(config, masks="simulator")
+    if config.masks == "auto":
+        print("masks: the simulator's own; for SAM's: --masks sam, which downloads "
+              f"{path.name}, or --sam-checkpoint FILE")
+        return replace(config, masks="simulator")
+    return config
 
-
-def prepare_folder(folder, config, fresh):
-    """Make a run's folder, emptied if `fresh`, or say why it cannot be written."""
+@contextlib.contextmanager
+def own_folder(folder, config, fresh):
+    """Make a run's folder, emptied if `fresh`, and hold it: no two runs write to one."""
+    cache = folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
     try:
-        if fresh and (folder / "cache").exists():
-            shutil.rmtree(folder / "cache")
-        (folder / "cache").mkdir(parents=True, exist_ok=True)
-        save_json(folder / "cache" / "config.json", asdict(config))
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be written: {error.strerror}") from error
-
+        with FileLock(folder / "lock", timeout=0):
+            if fresh:
+                shutil.rmtree(cache)
+                cache.mkdir()
+            for left in folder.rglob("*.tmp"):  # of killed runs
+                left.unlink()
+            save_json(cache / "config.json", asdict(config))
+            yield
+    except Timeout:
+        raise UserError(f"another run is at work in {folder}: wait, or pass --out") from None
 
 def run_seeds(config, options, pool):
     """Run one seed, or --seeds of them, and print their tables."""
@@ -2037,8 +2015,8 @@ def run_seeds(config, options, pool):
         tag = f"{config.task}-{options.preset}-{config.distractor}"
         folder = Path(options.out) / f"{tag}-{seed}"
         config = replace(config, seed=seed)
-        prepare_folder(folder, config, options.fresh)
-        result = Run(config, folder, device, pool).execute(options.until)
+        with own_folder(folder, config, options.fresh):
+            result = Run(config, folder, device, pool).execute(options.until)
         if result:
             results.append(result)
             print(table(result))
@@ -2048,27 +2026,35 @@ def run_seeds(config, options, pool):
         save_json(path, summarize(results))
         print("summary over seeds:", path)
 
-
 def main(argv=None):
     """The program; returns its exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         config, options = parse(argv)
-        if not options.train_expert and config.task not in EXPERTS:
-            raise UserError(f"--task {config.task} has no expert: search one with --train-expert, "
-                            "and put the entries that it prints into TASKS and EXPERTS")
         if options.train_expert:
             search_expert(config.task, config.seed)
         else:
             config = resolve_masks(config)
             with worker_pool() as pool:
                 run_seeds(config, options, pool)
+        sys.stdout.flush()
         return 0
-    except UserError as error:
-        print(f"masklam: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nmasklam: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, futures.process.BrokenProcessPool) as error:
+        message = f"out of memory ({first_line(error)}): smaller sizes, or fewer --episodes"
+    except RuntimeError as error:
+        if "alloc" not in str(error):  # how PyTorch says that it has no memory left
+            raise
+        message = f"out of memory ({first_line(error)}): smaller sizes, or fewer --episodes"
+    print(f"masklam: {message}", file=sys.stderr)
+    return 2
 
 
 # ==== 15. Appendix: experts =======================================================================
@@ -2076,9 +2062,9 @@ def main(argv=None):
 # 1803.07055) needs no gradients and ends in one small matrix: a linear policy, which a servo makes
 # enough to walk, and which fits into this file. Nothing else here is trained on states.
 def fold_whitening(weights, mean, std):
-    """Policy on (state - mean) / std -> the same policy on the state, (A, 1 + S)."""
-    return np.c_[-(weights / std) @ mean, weights / std]
-
+    """Policy (A, 1 + S) on (state - mean) / std -> the same policy on the state."""
+    scaled = weights[:, 1:] / std
+    return np.c_[weights[:, 0] - scaled @ mean, scaled]
 
 def search_pair(job):
     """Episodes of (task, weights, mean, std, size, seed, steps, noise, persistence), both ways
@@ -2093,22 +2079,20 @@ def search_pair(job):
         pair.append((rewards.sum(), len(states), states.sum(0), np.square(states).sum(0)))
     return pair
 
-
 def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, persistence=0.8,
                  budget=2_000_000, horizon=200, seed=0):
     """Augmented random search for a linear policy that survives being imitated.
 
-    Each iteration tries `directions` random directions, normal of scale `size`, both ways and
-    moves by `step` (decaying to a fifth) along the `top` best. States are whitened by running
-    statistics. Clones err, and err again in the same state: so `size` is large, which makes gaits
-    that stand errors of the policy, and actions are disturbed by noise of scale 0 to `noise`, much
-    the same from one step to the next. Every 480 directions six fixed episodes, half of them
-    disturbed, decide whether this is the best policy so far. Stops after `budget` steps.
-    Returns the literal for EXPERTS, and its returns on ten seeds never used in the search."""
+    It starts from holding the initial pose. Each iteration tries `directions` random directions,
+    normal of scale `size`, both ways and moves by `step` (decaying to a fifth) along the `top`
+    best. States are whitened by running statistics. Clones err, and err again in the same state: so
+    `size` is large, which makes gaits that stand errors of the policy, and actions are disturbed by
+    noise of scale 0 to `noise`, much the same from one step to the next. Every 480 directions six
+    fixed episodes, half of them disturbed, decide whether this is the best policy so far. Stops
+    after `budget` steps. Returns the literal for EXPERTS, and its returns on ten unseen seeds."""
     env = state_env(task)
-    A, state = env.action_space.shape[0], np.zeros(env.observation_space.shape)
-    S = len(expert_input(task, state, 0))
-    weights, mean, std = np.zeros((A, S)), np.zeros(S), np.ones(S)
+    A, (S,) = len(env.rest), env.observation_space.shape
+    weights, mean, std = np.c_[env.rest, np.zeros((A, S))], np.zeros(S), np.ones(S)
     count, sums, squares = 0, np.zeros(S), np.zeros(S)
     best, best_return, iteration = None, -np.inf, 0
     rng = generator(seed, "expert")
@@ -2121,9 +2105,9 @@ def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, p
             pairs = list(pool.map(search_pair, jobs, chunksize=3))
             returns = np.array([[episode[0] for episode in pair] for pair in pairs])
             chosen = np.argsort(-returns.max(1))[:top]
-            move = np.zeros((A, S))
+            move = np.zeros(weights.shape)
             for i in chosen:
-                direction = generator(seeds[i], "direction").standard_normal((A, S))
+                direction = generator(seeds[i], "direction").standard_normal(weights.shape)
                 move += (returns[i, 0] - returns[i, 1]) * direction
             decay = 1 - 0.8 * min(1, count / budget)
             weights = weights + decay * step / (top * returns[chosen].std() + 1e-9) * move
@@ -2136,77 +2120,62 @@ def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, p
             bar.update(count - bar.n)
             iteration += 1
             if iteration % max(1, 480 // directions) == 0 or count >= budget:
-                expert = fold_whitening(weights, mean, std).astype(np.float16)
-                jobs = [(task, expert.astype(float), 10**5 + i, 400, noise * (i % 2), persistence)
+                literal = to_literal(fold_whitening(weights, mean, std))
+                expert = from_literal(literal, A)
+                jobs = [(task, expert, 10**5 + i, 400, noise * (i % 2), persistence)
                         for i in range(6)]
                 mean_return = np.mean([r[2].sum() for r in pool.map(state_rollout, jobs)])
                 if mean_return > best_return:
-                    best, best_return = expert, mean_return
+                    best, best_return = literal, mean_return
                 bar.set_postfix(best=f"{best_return:.0f}")
-        jobs = [(task, best.astype(float), 10**6 + i, 500, 0, 0) for i in range(10)]
+        jobs = [(task, from_literal(best, A), 10**6 + i, 500, 0, 0) for i in range(10)]
         unseen = [r[2].sum() for r in pool.map(state_rollout, jobs)]
-    return base64.b85encode(best.tobytes()).decode(), unseen
+    return best, unseen
 
+def to_literal(expert) -> str:
+    """A linear policy (A, 1 + S) as text, a byte a weight: eight-bit floats in base 85."""
+    small = torch.from_numpy(expert).to(torch.float8_e4m3fn)
+    return base64.b85encode(small.view(torch.uint8).numpy().tobytes()).decode()
 
-EXPERTS = {  # linear policies: bias and weights (A, 1 + S), float16, base 85
+def from_literal(literal, actions) -> np.ndarray:
+    """What `to_literal` wrote, (A, 1 + S) f64."""
+    small = torch.frombuffer(bytearray(base64.b85decode(literal)), dtype=torch.float8_e4m3fn)
+    return small.double().reshape(actions, -1).numpy()
+
+EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
     "cheetah":
-        "1+o|`{;r&@>@`;|IIt_R{<pX+|FvMO$0Uxa`XBw2vZJY>Rk9$uWG-R2<~Q%DxGbiyg0HzLH7-0X-6@uwXfIqM9wH"
-        "AN#wX#rx2!>`3$ePjcQehf_BWoZQ?$h`0w{5x7q73T#H3EBs<e*5?=X`wma>Mk2)4Sk8kjq%#<=1zW2|;8su-3c%"
-        "cjSqbFKNg<gL)TM6xfeSGZTT+O%jN4zq?YSg_77y{kQ^ps6aUJFVC_0ID&xFENg+OSF)%B(tR{!?dg%J}@aSJEzD"
-        "RE~XHu",
+        "q!yl=EFGYtuo<kG3X=qZh=rxJ9kDQ!8KIvO92gXW9|i^k5Vo0>qN^vOFqf$u5QLtMijk?qA|s`ztf_&JvLcxo0SAtX"
+        "o3xy?rI@j+ssyGVp&*xzlaiV;l&B(^siCG5ssbP$jslF3",
     "hopper":
-        "fyMAdQowyaz&@BV^0b>T`zpyP0VVPzjl5DjmA|_<3bG_O5+@G0lPmlx6c;5c3B|5NI=`7ju{={ejkI<uRy4RUDl2"
-        "*-",
+        "%SypLJ|(Ij78D8!xi`Ntq%IDy7Zw2)%1ORSIXS5nDIpdH",
     "walker":
-        "V8$;+8$3s)Og?I{D>N>=h_&J`ezm78jId!dj4l5x+9@QdtIEhpx4J($!ZoltZZJ>2H?gF=%d{l5k~5AoK`CD`IxQ"
-        "Eb`pQyD%e~}0KSN7AZ$UOehPeN`ye+ma2s0}+#3{0@Iw;wk(Z(P~eZJN)K0Mbo)jF0u3OU)hbv0A0ye|E!=C1pw+"
-        "$;+xzsE{OZaIG}mO@B9L%iRgIW>Z{w=Es4A1rK<EGPMxt{$W*SjR&~LqYr}3mV)$%|vcNcfI+xg*Tk8G_BSt2OEG"
-        "hmn=A|",
+        "yE&i2u^1q&IU$sy8H54`3lv4fFS4JoyECaVxfvD@ilh@6&r7`mxf`w}K&ptF85V+t6e3N?KR7lvs3pBFnh_X|i3*&F"
+        "%t@}GlsdqyLZGviB#$4W5hK)6!nC+BsjDchnVlz+A)x~s",
     "swimmer":
-        "k}@Ja{5syfX1UTgC$#f0p)2^V1+#EG-?hIsuQB$rnJ&03",
+        "B|0{|voNS47oMg$tSuv^9UA",
     "ant":
-        "Te{3V53@kSi@@|W!YJ6lkhEYy<*}K<Qn%bd<S8$yiYic{lpqSKCMdk57_9TPc_(<RQXyilpE!g*KeZ9QU8o2#qA<"
-        "O_BDP<>XSF*t1~#_57p*cbRxNI^j3pT%teKat|0is)HX=kW@*o>BD#ZOjge!Ex3qGVSvbFR-o1rGakhxMiQL`{YV"
-        "zetRrnNAu^CBNCrX|)a(xe)+G$8e^)+S*r{Jc}Vz_b#%V6KfVthW5J_^;8nPP9<Ie=tHnVk>(sORpra*(s_paiFg"
-        ";9SO@Y44JQ|<e1m4OGHn;hd7uz*Sg=ZR5up84=?IM+ZY@_Dmrz)AueF9i=aoGFdtN^lBi;|wkstxb*kMhu%Vx&MK"
-        "y6f95kxHRy_=_elRS+W31=7GqBw~|FF|JIjhyMzprI7{VWwK(;^Qk;vF%vO_?|@j-b6QP`PhC%{2SM@3fIKK(`OT"
-        "9x+}$8L%O_+P5S>VlqZ6(J;rR0wlB{pQ4U1Tc~ZWG#HyIiX{Z4n!+l%?6xU9OF&>Yu`X6Y&@HgQgEb7jM>u#pSuG"
-        "i`f~|zD5UIzmaH!NQD4?+~FQhT0@*JzF",
+        "zCkg<FsP#`BsZ?70}TM7C>NEGgB1uC0g{A+sX(kWst~818xk5bA)*=*9F80yijI>I3kH`HGr6a`GP9ehF)y&M9w8}`"
+        "o|zbfjS+%_ga?Cz!a5<kHJTG5Co!kDsWl%BA%upCj1q^Ekc<otGP#nUN2(KzH>n~kCo7zzpp6lo2Z@i8h!Tekfub?G"
+        "ps1Uos3su@uA>PJl$8(|0}G3c00fH>x;iN^Gb9@_p)nbTEEN<d1`q|95EPpR1sV#NvbHZWFrX)%4KA>=o-rVoq!0$3"
+        "0|W_#2LK3^",
     "humanoid":
-        "xjcYD8^HhoS+xKF004@_006VJm$XG2gRS1Q*0gpTg{?9+nk$R2IkwuXlCY?+008$b000A}00000f3W}nTqPAB{-Pk4"
-        "fhAfW@1g;h>L9Kt#iRP5vZ(T-00000000008$kd7nmhmiv$OyJz_0)SJD>mn002h9003&j006qQ004|K000KA2(ADC"
-        "001&V007lAN4@|6-?#|71GWz`<C#c1RW>-X<r!M0(XZ*AVx|hP^&S8KEH?lEnW_K)<r)vF002ZHof~$c+ads((wnOx"
-        "&7$TR{h}TwS|1goBPN8OASidWNv(#d007Uy002X=003$-002j_008i^(=z}7usi?&-Z20G)3^WtTQL9tTBQI0005jt"
-        "002|4OgR7mnYS&yA+?00q_JE*XEmcFrZEP#-7Yev4Yn39Iwb%A@3a5_jy3=QEiCgX008Bs^`$MLVWB*m9wuNRRUsW4"
-        "KOxs1Yot*j+#ZD_^faX?U98JC002lq008?j007Ij000;(008NyrLh12)G+`63^f1%(lh`7M+^V}XhUKxX2NT}`7%zp"
-        "eKUo+iL~Rj3^HP_gemp72({uiBQX=RcCOkmbhUo3^eZ_s1t^fSr!yfRm8@1FQ7p8hXdO2z79~&~7N-}eDV5-td8pr^"
-        "#-oy$2&hV)<*lfwXR>%LLPfYceLPpL2&zIbOE7(+>8l;HZ6wjg@j3Q3aIgq4u`QRQttj-CTf!kgBs@1ddO_YUgR}y@"
-        "DX|N(mbj*~qOt-vFB)Mk+pO!d-LQnQp&Gcdey;H=;iiHzLNhfn=&K8)*DxKZtC4A}nHk(7TBc_r3mJ`}c_<Gcy_^jx"
-        "+NPBxAThcs(6F<q_(P<`K|Z0Z61V&}B{HBd93`_YT&|ov(LLWdcd#zA(=G_CV=4zP%EE~*9YJ5T_CzDHEV5%X`zm0z"
-        "w5sj5Gcw*b3$OIBKC8+rekX9Lp(SuF>##hobEx69Dy;uAF(=2Idobf6NExmjn5ym}2AuPr5GzZe?x6)KIwmip#-&r7"
-        "m8V-Ywz9G{b;LwLov`pRy&D!Y>!#!?v8Zq}@ux&S4Zc0L%rTm^u(j_im!~kA<VC}|55>2xz_=T^X10vHAhIO9iKPRx"
-        "M6CL;%(*1E-mva7-!9&)S1c1S(yG-k`m*7-53FsiIVv6{F0GjvQmk~RsT|0p5vcd72p1?J>7_^|3LQZyoS}~;#V1iR"
-        "F)(X2hcJmgSTgag+c3T<^f3dZ(ytdX9yV~jb-BAa4mD!6LpSUw!y;p=UPEFnX2NSe`7%y8eY1tSi8RW%$F#LJAu$=Y"
-        "UNVlZhAC||K`-Yk8#Amf;V?Ne1*nj-r?Vj+l`K}FQ7p70=BDANG?f9EksW<23neukf*1uTC!UEY<RSB;<t?ZvXEJ!L"
-        "LPfZ{eLPn#2&zJ`OE7&R>8l+xZKTo0@wxUka4-lkv8|V*t*G>tWWpgpBs@2|dO_Z<gERuYDKW)1-x)V9*{njc)wtWU"
-        "rLvitf--Zi^D+i8jj{17;U<DILbEk7=qn2(*DxI@Fs3Ua78$0Y(vg#_jv2oq{HWC?dnAac5}??eAhEit&@i(p_(P;b"
-        "K|Y}@61V)fB{HC|93``@TrQkE(Y@a|cQ7uq)2;}tW2y%)!orCz9YJ3-_CzBxEHYy>`>LTfu&&dvJFA+u533QlHZq%~"
-        "M6Khn)T_Lwd8s_Eb131pDlGpqF{j5Idobgn)tj=OA1h;_Y#HSpimKEh7bC(YI-CL`38`Ktl_y)YwlcD{b;Lx$ov`q+"
-        "y&D#@>!#$Yv8Zsf@h3z+4L&`#%(0raur=>1mnSfq$VJ1s55>1Gz_=SZW;TqxATq_Vfw>8|-LOi$)ul7DMXXY+<gdr7"
-        "_p=$V=B(8)`ZD3S4=io1IjSC|F0GlF>!-D<7Z*PvaIC$jpB%HKFR7Rza3%dEOr<9s#ivoSF|cd3hcJo0STgY~+c3VV"
-        "^f3b@(yte?9=343bve5^4z*&nL$~ZG!=huWfx#a>Pe6G*U^qE8-L1{NM7IDjkF>cctEqIZOtL<)0j(&w{xz2=2RV}="
-        "gftE<sWLIGF*0l+Q5^6aw60Df1E#ksC91EMO&Z^vESesk7p%Q0pq8baU#XKOe>JHpOsE;LTeSH_-83bjJTZBxzM(*`"
-        "tu1^nWg-wpn87c?F)%u|Z#BxWO{`oi(L|-bAHnNEioC$3$E~#_z$*zY$GEkwx1NT%^t!{X!Z0Ma(6aL!YpKsMb1yxw"
-        "f3te5fU+Dg9WFT(wWOpX!=0KSmZG~O>L`aN6sQZM#i*>RU!Z)f&?JMKR<_5dd@!Lj-7{RlOTqW8&ox#m54NT$?x*lD"
-        "ShG(*Hoz4?I;cCagRv^E0IN8#vA|EXEkcpDXTH2A*0gN3@i+CcJe&=!YcL!%S}<BG6*9oAyC;veqcHxa(<~V)u&%nb"
-        "ps_kFZ>?n~I;ZUw!>9@;#~|A!RV7fH2qJ!(fh={X*{B8}NuNI;jWi-94xALLAGfG9Sv&5mYak0YA}`z}%%&8k)Uf?R"
-        "Izi*O^C?2Q`m?ex)|%xhZ$TfvPr!LRV7NIp-L1_%M7KLG`!O6b|12%B%{1AlttkOHW+8pFEx0i@ps5b6sWLGwF*0nS"
-        "Q5^6av@T8}Bbu=sIvP11EGGD>7%Gw$m7H6tZl)%z!70WTe>JHpOsE;LTQvDa-Lxg3Jh6GHz9B%bt*v}7Wg-y9n87bX"
-        "F)%tdZ#Bv=O{`q2zr>|JA3^Iuiafxj$E~%bz$;ccnL3;;z_2&12|42~x*lYypfP8!EVlx)`<y*5f3tclfU+F09WFT("
-        "wIrk>$*4f59VjXz>mA3Si6WY#ZLG{BSsT@;uc~+;R<_5dd@!Lj-LqW5OF{Ro&$U)64>qPL?kDgtShG*RHoz6YI;cA^"
-        "gRv?u0IN7Kw7^faEkcntXTH3r)--Ij@we|YAuuT`5;7~YcAPM+Z7`j%#U{%v#w`1%n6()zur9i_pfNfvZ!Kk~I;ZWG"
-        "F(nI|6(X9N<fu<4y&%FR@t;H=Cm@ilc_{R#jkF@A4jdFKAGfHqSv&45Yak1@A}`#f%%&73)G+-*I>F<(^Ql6*`ZKaG"
-        ")*9t0",
+        "IYYt#s{jDW0I8`0o2se;n=BWhteByn02}~{005%^3j~LO3j~LO1rdmak%#~Q002S&IRL2uq5y;d0L1{s0I2{a0Gylv"
+        "07L*Py#TVdtR#UqEu;aBpo5K|0{|`nl>h>i00shu2ZDkIhXIES1cwZS5UZP$0K@>J03`sW0H!DaIRGR8vH&9hivR#i"
+        "0HHGguez#<qdO}JBdi{ZtR4ygssJqj7!&}EjD>}Q3<U)O1p|o%0|_b-nJxfB03-me02Tm{qW~lTDgY_~002iD#l0r6"
+        "C$*`pB%KqosxBg?og%BB7$gv<Cj^-V8HfWG3ImRifq{{Rh=GuUoROs)OE)>4lp!I8n5GHNG%lea8;B8s#XvYTLmsKR"
+        "qNK5>r7i*;nx>+o0;Qc8jwL4|n1~{ffSCaYjRpaR5d?w~jtL?aqLWC;J(;dBBp(VJojE)*p{5>~6&}VNLa9omq$w7y"
+        "m9Qi(o}!i*50eWUqMVVem?#c{AqD{hl?H-?7KMfq42O(@k13@q$wQ$e0w#_YktdKnysRXvs~C@hOti|Kva+qYq_~Tw"
+        "nWVI^q9`7k86cJ-rm&cs6bhOFnU4aBkd^@jj0*!3h6@lSAS)p~C7dD?B#59SEW5KaDyuIN2bV`1#XTl5r?n}vsx2a{"
+        "C7ly19~dSbA|#Nfrvw>=83>M$fq?@T3IhQUgAoRZ91$g(OSd^4l%XL8m?nwNv@Rhan~0Ht#XvZ;L!K$RA}#?Onx(R+"
+        "rGh1$CL*I44kf1|7ziQ|j0ORQfSCaYk`4)xgo2`#A`?hSJsGaBB%cbK9XY%*A*P;~l^(_&LMcilBq^3HouZblmars?"
+        "o1&PHlbjK(7$}YcA%=p37KH%=l?De4f(DWe52+=q$-|+f0;Z0Zk*5$nJglUvD;N)gOti`!vNA2XB&4&jqPdKwnVF!L"
+        "sGgc4Ca@Trl!}^xkd*-inU4aAk_HP5ivy6QpsOLhB^)A?BnY6Sth+Nas;jROhnK@VK{+ujoV>3hsS%T%rJ|a!EE6&Y"
+        "DH<i3Bn1Kjod%2*lz{?*f`gb7fr66_D;1HVsZ1(_B9n%m8y^Nt!^9x0E25bfO1;8Fxs03%7#gyjgR{1rBCe(alO!LW"
+        "r<tW7907?3g9V2O5)Y7vl9hy+3WBYWAt@-s!<;M?tP_wTr$4|zkf5WSmY~6@M6JCKs;e-hf|?;HAr~Z?533=L8Wx?a"
+        "qZ*qJjscPm1q=&<27(!pk_3bVDGGv?t|>Q~1S}p5j*Oy4Lb4RKs2_q9L%hK`u`HZCuN)*I8loza6EX#<uq>0BB^o4!"
+        "0s<Wdf&u~q43-oDf|HGy6agz0k)kO~s)VAG2A-QA2F$}mAS^2)nU~2uLPR-?oQW7SH5;OuG9CkyBcHCOf*z+CrJx)E"
+        "2?vsn5C;Q=2Z)&p0+N*kt&kxpsKY~?tQ9O15F)3)z`&3oqa2nX!Kp+oy^kuZuqYrFB&33xA)yW$8j!0N9jhZ68;_2G"
+        "3W5fLk`Dz8gaibc5t6Bj0v4{RHyQ-29*m9*B1Xcpl(i@y0u%",
 }
 
 if __name__ == "__main__":
