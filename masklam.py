@@ -103,7 +103,6 @@ class Config:
                         choices=("auto", "simulator", "student", "sam"))
     sam_model: str = option("mask", "vit_b", "which SAM", choices=tuple(SAM_FILES))
     sam_checkpoint: str = option("mask", "", "its file; default: the official one, downloaded")
-    prompt: tuple[str, ...] = option("mask", (), "points for SAM: x,y on the agent, -x,y off it")
     keyframes: int = option("mask", 64, "frames that SAM segments for the student", 4, 10**6)
     student_updates: int = option("mask", 600, "optimiser steps", 1, 10**8)
     erode: int = option("mask", 0, "pixels taken off the border of every mask", 0, 64)
@@ -197,22 +196,533 @@ def save_json(path, value):
 
 def array_checksums(folder) -> dict:
     """{path in the folder: CRC-32} of all its arrays."""
-    sums = {}
-    for path in sorted(folder.rglob("*.npy")):
-        sums[str(path.relative_to(folder))] = zlib.crc32(np.memmap(path, mode="r"))
-    return sums
+    return {str(path.relative_to(folder)): zlib.crc32(np.memmap(path, mode="r"))
+            for path in sorted(folder.rglob("*.npy"))}
 
 @functools.cache
 def check_arrays(folder):
     """UserError unless a folder's arrays are what its checksums.json says; once a process."""
-    known = json.loads((folder / "checksums.json").read_text())
-    found = array_checksums(folder)
+    known, found = json.loads((folder / "checksums.json").read_text()), array_checksums(folder)
     for name in known:
         if known[name] != found.get(name):
             raise UserError(f"{folder / name} is damaged; pass --fresh")
 
 
-# ==== 3. Bodies [record] ==========================================================================
+# ==== 3. Video [record] ===========================================================================
+# In: episodes in memory-mapped arrays. Out: index arithmetic that cuts training windows from them.
+# Everything that learns learns from here, whether the video was recorded (section 11) or one's own.
+@dataclass
+class Video:
+    """Episodes: frames[e, t] is what the agent sees when it chooses actions[e, t].
+
+    frames (E, T, H, W, 3) u8; masks (E, T, H, W) u8, 255 = agent; length (E,) i64, frames until an
+    episode ended. Known for recordings, None for video of one's own, and read by nothing but
+    probe, decoder and references: actions (E, T, A), executed, and intended (E, T, A), before noise
+    was added, both scaled to [-1, 1]; rewards (E, T) for moving; states (E, T, S); distractor
+    (E, T, D), how the background moved from t to t + 1, all f32; demonstration (E,) bool, quiet
+    episodes to clone, where the others explore."""
+
+    frames: np.ndarray
+    masks: np.ndarray
+    length: np.ndarray
+    actions: np.ndarray | None = None
+    intended: np.ndarray | None = None
+    rewards: np.ndarray | None = None
+    states: np.ndarray | None = None
+    distractor: np.ndarray | None = None
+    demonstration: np.ndarray | None = None
+
+    @classmethod
+    def open(cls, folder, mode="c"):
+        """Map the arrays of a folder; writes stay in memory unless mode is "r+"."""
+        return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
+
+    @classmethod
+    def create(cls, folder, E, T, size, A, S, D):
+        """Make files that take their room on disk at once. Length, which comes last, is 0 for what
+        is still to be recorded."""
+        shapes = dict(
+            frames=(np.uint8, E, T, size, size, 3), masks=(np.uint8, E, T, size, size),
+            actions=(np.float32, E, T, A), intended=(np.float32, E, T, A),
+            rewards=(np.float32, E, T), states=(np.float32, E, T, S),
+            distractor=(np.float32, E, T, D), demonstration=(bool, E), length=(np.int64, E))
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (kind, *shape) in shapes.items():
+            descr = np.lib.format.dtype_to_descr(np.dtype(kind))
+            header = dict(descr=descr, fortran_order=False, shape=tuple(shape))
+            with open(folder / f"{name}.npy", "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for _ in range(E):
+                    file.write(np.zeros(shape[1:], kind).tobytes())
+
+    @property
+    def valid(self) -> np.ndarray:
+        """(E, T) bool: which frames were recorded, before the end of their episode."""
+        return np.arange(self.frames.shape[1]) < self.length[:, None]
+
+class Windows:
+    """Index arithmetic for training windows: every (e, t) whose episode goes on to t + 1.
+
+    A window of offset k is the stack obs (t-2, t-1, t), the stack future_obs (t+k-2, t+k-1, t+k)
+    and next_obs, t + 1. It never crosses an episode's end: the first frame stands for what was
+    before it, and k is cut to what is left. With mask_input masks are a frame's fourth channel."""
+
+    def __init__(self, video: Video, device="cpu", mask_input=False):
+        self.video, self.device, self.mask_input = video, device, mask_input
+        self.T = video.frames.shape[1]
+        self.frames = torch.from_numpy(video.frames).flatten(0, 1).to(device)  # (E T, H, W, 3) u8
+        self.masks = torch.from_numpy(video.masks).flatten(0, 1).to(device)  # (E T, H, W) u8
+        self.e, self.t = np.nonzero(video.valid[:, 1:])
+
+    def __len__(self):
+        return len(self.e)
+
+    def index(self, chosen: np.ndarray, k) -> np.ndarray:
+        """(B,) windows and offsets k (B,) or int -> (B, 7) flat frame indices: 3, 3, next."""
+        e, t = self.e[chosen], self.t[chosen]
+        k = np.minimum(k, self.video.length[e] - 1 - t)
+        steps = [t - 2, t - 1, t, t + k - 2, t + k - 1, t + k, t + 1]
+        return e[:, None] * self.T + np.stack(steps, 1).clip(0)
+
+    def gather(self, index):
+        """(B, n) flat frame indices -> (B, n, H, W, C) u8, C = 3 or, with mask_input, 4."""
+        index = torch.from_numpy(index).to(self.device)
+        frames = self.frames[index]
+        return torch.cat([frames, self.masks[index][..., None]], -1) if self.mask_input else frames
+
+    def seen(self, chosen, frames=3, k=1):
+        """-> (B, frames, H, W, C) u8: the stack obs, all that a policy sees, or with 6 frames also
+        the stack future_obs, newest frame last."""
+        return self.gather(self.index(chosen, k)[:, :frames])
+
+    def batch(self, chosen, k=1):
+        """-> obs and future_obs (B, 6, H, W, C) u8, next_obs (B, 3, H, W) f32 in [-0.5, 0.5], and
+        its mask (B, 1, H, W) f32 in [0, 1]."""
+        index = self.index(chosen, k)
+        frames = self.gather(index)
+        mask = self.masks[torch.from_numpy(index[:, 6:]).to(self.device)] / 255
+        return frames[:, :6], to_float(frames[:, 6:, ..., :3]), mask
+
+    def actions(self, chosen=slice(None)):
+        """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
+        return self.video.actions[self.e[chosen], self.t[chosen]]
+
+    def labels(self, chosen):
+        """`actions` as a tensor where the frames are."""
+        return torch.from_numpy(self.actions(chosen)).to(self.device)
+
+    def noise(self, chosen=slice(None)):
+        """(B, A) f32: the part of the executed actions that no past frame tells."""
+        return self.actions(chosen) - self.video.intended[self.e[chosen], self.t[chosen]]
+
+    def demonstrations(self):
+        """-> the windows (n,) of the episodes that policies are cloned from."""
+        return np.flatnonzero(self.video.demonstration[self.e])
+
+def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
+    """(B, n, H, W, C) u8 -> (B, n patch^2 C, H / patch, W / patch) in [-0.5, 0.5], channels last in
+    memory; bfloat16 under autocast. Bytes are rearranged before they grow to floats."""
+    B, n, H, W, C = frames.shape
+    h, w = H // patch, W // patch
+    tiles = frames.reshape(B, n, h, patch, w, patch, C).permute(0, 2, 4, 1, 3, 5, 6)
+    tiles = tiles.reshape(B, h, w, n * patch**2 * C)
+    lower = torch.is_autocast_enabled(frames.device.type)
+    floats = tiles.to(torch.bfloat16 if lower else torch.float32)
+    return floats.sub_(127.5).div_(255).permute(0, 3, 1, 2)  # x - 127.5 is exact in bfloat16 too
+
+
+# ==== 4. Networks [mask] ==========================================================================
+# The IDM turns six frames into a latent action, the FDM three frames and a latent action into the
+# next frame, the policy three frames into a latent action. n frames are (B, n, H, W, C) u8; C is 4
+# with --mask-input. One loop trains every network of this file.
+def autocast(device):
+    """bfloat16 where the device multiplies it natively; float32 elsewhere."""
+    kind = torch.device(device).type
+    cpu = torch.cpu.get_capabilities() if kind == "cpu" else {}
+    native = kind != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return torch.autocast(kind, torch.bfloat16, enabled=bool(native))
+
+def conv(inputs, outputs, kernel=3, stride=1):
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
+
+def channels_last(module):
+    return module.to(memory_format=torch.channels_last)
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = conv(width, width), conv(width, width)
+
+    def forward(self, x):
+        return x + self.second(F.relu(self.first(F.relu(x))))
+
+def impala_encoder(channels, widths, blocks):
+    """(B, channels, H, W) -> (B, widths[-1], H / 2^n, W / 2^n): n stages (arXiv 1802.01561)."""
+    layers = []
+    for width in widths:
+        layers += [conv(channels, width), nn.MaxPool2d(3, 2, padding=1)]
+        layers += [ResidualBlock(width) for _ in range(blocks)]
+        channels = width
+    return nn.Sequential(*layers, nn.ReLU())
+
+def impala_decoder(widths, blocks):
+    """The mirror image of `impala_encoder`: (B, widths[-1], h, w) -> (B, 3, H, W)."""
+    layers = []
+    for width, below in zip(widths[::-1], (*widths[-2::-1], widths[0])):
+        layers += [ResidualBlock(width) for _ in range(blocks)] + [nn.ReLU()]
+        layers += [nn.Upsample(scale_factor=2), conv(width, below)]
+    return nn.Sequential(*layers, nn.ReLU(), conv(widths[0], 3))
+
+def patch_encoder(channels, widths):
+    """(B, channels, h, w), folded by `to_float` -> (B, widths[-1], h / 2^(n-1), w / 2^(n-1)).
+    For CPUs: the first stage is a matrix product, each later one a convolution of stride two."""
+    layers = [conv(channels, widths[0], 1)]
+    for inputs, outputs in zip(widths, widths[1:]):
+        layers += [nn.ReLU(), conv(inputs, outputs, stride=2)]
+    return nn.Sequential(*layers, nn.ReLU())
+
+def map_side(config, widths):
+    """Height and width of an encoder's last map."""
+    halvings = len(widths) if config.patch == 1 else len(widths) - 1
+    return config.frame_size // (config.patch * 2**halvings)
+
+class FrameEncoder(nn.Module):
+    """(B, frames, H, W, C) u8 -> (B, outputs): the IDM (6 -> Z), the policy (3 -> Z or A)."""
+
+    def __init__(self, config, frames, outputs):
+        super().__init__()
+        self.frames, self.patch, widths = frames, config.patch, config.idm_widths
+        channels = (3 + config.mask_input) * frames * config.patch**2
+        if config.patch == 1:
+            self.encoder = impala_encoder(channels, widths, config.blocks)
+        else:
+            self.encoder = patch_encoder(channels, widths)
+        inputs = widths[-1] * map_side(config, widths)**2
+        self.head = nn.Linear(inputs, outputs) if config.hidden == 0 else nn.Sequential(
+            nn.Linear(inputs, config.hidden), nn.ReLU(), nn.Linear(config.hidden, outputs))
+
+    def forward(self, frames):
+        return self.head(self.encoder(to_float(frames, self.patch)).flatten(1))  # (B, outputs)
+
+class ImpalaFDM(nn.Module):
+    """Three frames (B, 3, H, W, C) u8 and a latent action (B, Z) -> the next frame (B, 3, H, W).
+    The latent becomes a map that is concatenated with what the encoder has seen."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, side = config.fdm_widths[-1], map_side(config, config.fdm_widths)
+        self.shape = (width, side, side)
+        channels = (3 + config.mask_input) * 3
+        self.encoder = impala_encoder(channels, config.fdm_widths, config.blocks)
+        self.latent = nn.Linear(config.latent_dim, width * side**2)
+        self.merge = conv(2 * width, width, 1)
+        self.decoder = impala_decoder(config.fdm_widths, config.blocks)
+
+    def forward(self, obs, z):
+        seen = self.encoder(to_float(obs))
+        action = self.latent(z).unflatten(1, self.shape)  # Z -> (width, h, w)
+        merged = self.merge(torch.cat([seen, action], 1))  # (B, 2 width, h, w) -> (B, width, h, w)
+        return torch.tanh(self.decoder(merged)) / 2
+
+class UNet(nn.Module):
+    """(B, inputs, h, w) and, if vector > 0, (B, vector) -> (B, outputs, h, w).
+    Every width after the first is a level of half the size; h and w must be `side` at the last."""
+
+    def __init__(self, inputs, outputs, widths, kernel=1, vector=0, side=1):
+        super().__init__()
+        self.first = conv(inputs, widths[0], kernel)
+        levels = list(zip(widths, widths[1:]))
+        self.down = nn.ModuleList(conv(fine, coarse, stride=2) for fine, coarse in levels)
+        self.up = nn.ModuleList(conv(coarse, 4 * fine, 1) for fine, coarse in levels)
+        self.join = nn.ModuleList(conv(2 * fine, fine, kernel) for fine, coarse in levels)
+        self.last = conv(widths[0], outputs, 1)
+        self.shape = (widths[-1], side, side)
+        if vector:
+            self.vector = nn.Linear(vector, widths[-1] * side**2)
+            self.merge = conv(2 * widths[-1], widths[-1], 1)
+
+    def forward(self, x, vector=None):
+        maps = [F.relu(self.first(x))]
+        for down in self.down:
+            maps.append(F.relu(down(maps[-1])))
+        x = maps.pop()
+        if vector is not None:
+            spread = self.vector(vector).unflatten(1, self.shape)  # a map of its own
+            x = F.relu(self.merge(torch.cat([x, spread], 1)))
+        for up, join, fine in reversed(list(zip(self.up, self.join, maps))):
+            x = F.relu(F.pixel_shuffle(up(x), 2))
+            x = F.relu(join(torch.cat([x, fine], 1)))
+        return self.last(x)
+
+class PatchFDM(nn.Module):
+    """The same for CPUs: a U-Net on folded frames that predicts the change since the last frame."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.patch, side = config.patch, map_side(config, config.fdm_widths)
+        inputs = (3 + config.mask_input) * 3 * self.patch**2
+        self.unet = UNet(inputs, 3 * self.patch**2, config.fdm_widths, 1, config.latent_dim, side)
+
+    def forward(self, obs, z):
+        change = F.pixel_shuffle(self.unet(to_float(obs, self.patch), z), self.patch)
+        return to_float(obs[:, -1:, ..., :3]) + change
+
+def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None):
+    """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
+
+    compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
+    goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
+    stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
+    times (step, mean loss since the last, report); UserError where losses are not finite."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
+    start, history, losses = 0, [], []
+    if checkpoint and checkpoint.exists():
+        saved = load_torch(checkpoint)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start, history, losses = saved["step"], saved["history"], saved["losses"]
+    every, saved_at = max(1, updates // 10), time.monotonic()
+
+    steps = range(start, stop or updates)
+    for step in tqdm(steps, text, stop or updates, initial=start, leave=False):
+        warmup, cosine = (step + 1) / (0.05 * updates + 1), 1 + math.cos(math.pi * step / updates)
+        optimizer.param_groups[0]["lr"] = lr * min(1, warmup) * 0.5 * cosine
+        loss = compute_loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+        losses.append(loss.detach())
+        if (step + 1) % every == 0:
+            mean = sum(float(x) for x in losses) / len(losses)
+            if not math.isfinite(mean):
+                raise UserError(f"the loss of {text} is {mean} by update {step + 1}: lower its lr")
+            history.append((step + 1, mean, report(step + 1) if report else None))
+            losses = []
+        if checkpoint and time.monotonic() - saved_at > 30:
+            save_torch(checkpoint, dict(
+                network=network.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
+                losses=[float(x) for x in losses], history=history))
+            saved_at = time.monotonic()
+    return history
+
+
+# ==== 5. Latent action models [lam] ===============================================================
+# In: windows of a Video. Out: an IDM whose latent actions explain what the masked loss asks for,
+# and its FDM. One loop trains every method; they differ in the weight of the background alone.
+def masked_mse(prediction, target, mask, background_weight=0.0):
+    """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
+
+    prediction, target (B, C, H, W); mask (B, 1, H, W) in [0, 1], 1 = agent. Every pixel weighs
+    w = mask + background_weight (1 - mask), and the result is sum(w error^2) / (C sum(w)).
+    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask."""
+    if background_weight == 1:
+        return F.mse_loss(prediction, target)
+    weight = mask + background_weight * (1 - mask)
+    error = weight * (prediction - target) ** 2  # (B, C, H, W)
+    return error.sum() / (prediction.shape[1] * weight.sum())
+
+def make_networks(config, method, actions=0):
+    """Fresh networks of a method: "idm" and "fdm" or, of a reference, "idm" and a linear "head".
+
+    References bound a latent from both sides: the same network learns from true actions what a
+    linear head can read. "supervised-idm" sees all that an IDM sees; "past-only" nothing after the
+    action, so that it knows of the action what the past tells and no more."""
+    torch.manual_seed(config.seed)
+    idm = FrameEncoder(config, 3 if method == "past-only" else 6, config.latent_dim)
+    if method in REFERENCES:
+        return nn.ModuleDict({"idm": idm, "head": nn.Linear(config.latent_dim, actions)})
+    fdm = ImpalaFDM(config) if config.patch == 1 else PatchFDM(config)
+    return nn.ModuleDict({"idm": idm, "fdm": fdm})
+
+def train_lam(config, windows, method, checkpoint=None):
+    """Train a method's networks, or a reference's, on windows -> (networks, history of `train`)."""
+    reference, device = method in REFERENCES, windows.device
+    actions = windows.video.actions.shape[2] if reference else 0  # unknown in video of one's own
+    networks = channels_last(make_networks(config, method, actions)).to(device)
+    idm = networks["idm"]
+    weight = 1.0 if method == "lapo" else config.background_weight
+
+    def loss(step):
+        rng = generator(config.seed, "lam", step)
+        chosen = rng.integers(len(windows), size=config.batch_size)
+        if reference:
+            with autocast(device):
+                z = idm(windows.seen(chosen, idm.frames))
+            return F.mse_loss(networks["head"](z.float()), windows.labels(chosen))
+        k = rng.integers(1, config.offset + 1, config.batch_size)
+        stacks, next_obs, mask = windows.batch(chosen, k)
+        with autocast(device):
+            prediction = networks["fdm"](stacks[:, :3], idm(stacks))
+        return masked_mse(prediction.float(), next_obs, mask, weight)
+
+    # True actions are learnt sooner than pixels.
+    updates = max(1, config.lam_updates // 2) if reference else config.lam_updates
+    history = train(networks, loss, updates, config.lam_lr, method, checkpoint)
+    return networks.eval(), history
+
+@torch.no_grad()
+def latents(network, windows: Windows, chosen: np.ndarray) -> np.ndarray:
+    """Latent actions (n, Z) f32 that an IDM, or a policy, gives the chosen windows, k = 1."""
+    parts = []
+    for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
+        with autocast(windows.device):
+            z = network(windows.seen(part, network.frames))
+        parts.append(z.float().cpu())
+    return torch.cat(parts).numpy()
+
+
+# ==== 6. Linear probe [probe] =====================================================================
+# In: latent actions and true actions of training and held-out episodes. Out: how much of the action
+# a linear map reads from the latent. Closed form, so nothing is tuned and nothing can diverge.
+def ridge(inputs, targets, penalty=1e-4):
+    """Ridge regression with intercept, closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A)."""
+    inputs, targets = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
+    center, scale, offset = inputs.mean(0), inputs.std(0) + 1e-8, targets.mean(0)
+    X = (inputs - center) / scale
+    gram = X.T @ X + penalty * len(X) * np.eye(X.shape[1])
+    weights = np.linalg.solve(gram, X.T @ (targets - offset))
+    return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + offset
+
+def nmse(prediction, target) -> np.ndarray:
+    """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
+    variance = target.var(0)
+    if (variance < 1e-12).any():
+        constant = np.flatnonzero(variance < 1e-12).tolist()
+        raise UserError(f"dimensions {constant} of what is probed never change: no NMSE")
+    return ((prediction - target) ** 2).mean(0) / variance
+
+def r2(prediction, target) -> float:
+    """1 - NMSE, averaged over the dimensions that vary at all; 0 where none does."""
+    moves = target.var(0) > 1e-3
+    return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
+
+def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
+    """Frame t + 1 with the agent masked out, averaged over 4x4 blocks: (n, 48) f32."""
+    index = torch.from_numpy(windows.index(chosen, 1)[:, 6])
+    blocks = []
+    for part in index.split(500):
+        behind = 255 - windows.masks[part, None].float()  # (n, 1, H, W)
+        frames = windows.frames[part].permute(0, 3, 1, 2) * behind
+        weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1)
+        blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
+    return torch.cat(blocks).flatten(1).cpu().numpy()
+
+def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, limit=10_000) -> dict:
+    """Linear probes of encode(windows, chosen) -> (n, Z), fitted on at most `limit` windows of
+    `training`, read on unseen episodes. NMSE of the action; of its noise, which no past frame
+    tells, so that a latent that only knows the pose has 1; of the action where the background
+    ignores it (rho = 0); and R2 of the next background, what a latent should not know."""
+    chosen = generator(0, "probe").permutation(len(training))[:limit]
+    unseen, others = np.arange(len(heldout)), np.arange(len(decorrelated))
+    z, z_unseen, z_others = (encode(training, chosen), encode(heldout, unseen),
+                             encode(decorrelated, others))
+    action = ridge(z, training.actions(chosen))
+    noise = ridge(z, training.noise(chosen))
+    background = ridge(z, next_background(training, chosen))
+
+    per_dimension = nmse(action(z_unseen), heldout.actions())
+    return dict(
+        probe_nmse=float(per_dimension.mean()),
+        probe_nmse_per_dimension=per_dimension.tolist(),
+        probe_nmse_noise=float(nmse(noise(z_unseen), heldout.noise()).mean()),
+        probe_nmse_decorrelated=float(nmse(action(z_others), decorrelated.actions()).mean()),
+        leakage_r2=r2(background(z_unseen), next_background(heldout, unseen)))
+
+
+# ==== 7. Latent policy [policy] ===================================================================
+# In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
+# actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
+# few labels. Both are regressions; so are the references, cloned from actions directly.
+def regress(config, network, inputs, targets, rows, updates, lr, text, checkpoint=None, held=None,
+            stop=None):
+    """Fit network(inputs(batch)) to targets[batch] by squared error, batches (B,) drawn from rows.
+    targets (n, D) f32. With rows `held` out, the history of `train` has the error on them."""
+    device = next(network.parameters()).device
+    targets = torch.from_numpy(targets).to(device)
+
+    def error(batch):
+        with autocast(device):
+            prediction = network(inputs(batch))
+        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
+
+    def loss(step):
+        rng = generator(config.seed, "regress", step)
+        return error(rows[rng.integers(len(rows), size=config.batch_size)])
+
+    @torch.no_grad()
+    def report(step):
+        return None if held is None else float(error(held))
+
+    return train(network, loss, updates, lr, text, checkpoint, report, stop)
+
+def regress_few(config, network, inputs, targets, rows, lr, text):
+    """`regress` for few labels: the last fifth of the rows says after how many updates the network
+    has learnt the most; then it starts again and learns from all rows for as long."""
+    fresh = copy.deepcopy(network.state_dict())
+    fit = functools.partial(regress, config, network, inputs, targets, lr=lr, text=text,
+                            updates=config.decoder_updates)
+    first, held = np.split(rows, [len(rows) * 4 // 5])
+    stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
+    network.load_state_dict(fresh)
+    history = fit(rows=rows, stop=stop)
+    return network.eval(), history
+
+def labelled_windows(config, windows: Windows) -> np.ndarray:
+    """Windows (n,) whose actions may be seen: whole demonstrations, drawn at random."""
+    demonstrations = windows.demonstrations()
+    order = generator(config.seed, "labels").permutation(len(windows.video.length))
+    place = np.argsort(order)[windows.e[demonstrations]]
+    return demonstrations[np.argsort(place, kind="stable")][:config.labels]
+
+def make_policy(config, outputs):
+    """A fresh network from the stack obs to `outputs` numbers, actions or latent actions."""
+    torch.manual_seed(config.seed + 1)
+    return channels_last(FrameEncoder(config, 3, outputs))
+
+def make_decoder(config, actions):
+    """A fresh MLP from latent actions to actions."""
+    torch.manual_seed(config.seed + 2)
+    return nn.Sequential(nn.Linear(config.latent_dim, 256), nn.ReLU(), nn.Linear(256, actions))
+
+def clone(config, windows, targets, text, checkpoint=None):
+    """Behaviour cloning of targets (len(windows), D), latent or true actions.
+    -> policy, history of `train`; so do the two functions below."""
+    policy = make_policy(config, targets.shape[1]).to(windows.device)
+    rows = windows.demonstrations()
+    history = regress(config, policy, windows.seen, targets, rows, config.policy_updates,
+                      config.policy_lr, text, checkpoint)
+    return policy.eval(), history
+
+def latent_targets(idm, windows) -> np.ndarray:
+    """What a frozen IDM says of the demonstrations (len(windows), Z), 0 elsewhere; scaled to unit
+    variance, as a latent's scale is arbitrary."""
+    rows = windows.demonstrations()
+    z = latents(idm, windows, rows)
+    targets = np.zeros((len(windows), z.shape[1]), np.float32)
+    targets[rows] = (z - z.mean(0)) / (z.std(0) + 1e-6)
+    return targets
+
+def decode(config, policy, windows, labelled, text):
+    """Teach a policy that emits latent actions what they do -> one that emits actions.
+    True actions are read of the windows `labelled` (n,) alone."""
+    cloned = torch.from_numpy(latents(policy, windows, labelled)).to(windows.device)
+    actions = windows.actions(labelled)
+    decoder = make_decoder(config, actions.shape[1]).to(windows.device)
+    rows = np.arange(len(labelled))
+    _, history = regress_few(config, decoder, lambda batch: cloned[torch.from_numpy(batch)],
+                             actions, rows, 1e-3, f"{text} decoder")
+    return nn.Sequential(policy, decoder), history
+
+def clone_labels(config, windows, labelled):
+    """Behaviour cloning of the labelled windows alone, for as long as serves it."""
+    policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
+    return regress_few(config, policy, windows.seen, windows.actions(), labelled,
+                       config.policy_lr, "labels-only")
+
+
+# ==== 8. Bodies [record] ==========================================================================
 # A task is a Gymnasium MuJoCo environment, a camera that shows its agent whole, and an expert to
 # record. The bodies are driven by position servos, as legged robots are: an action names an angle
 # for every joint and a fast loop inside the simulator holds it. So an action can last long enough
@@ -354,7 +864,7 @@ def state_rollout(job):
     return np.stack(states), np.stack(actions), np.array(rewards)
 
 
-# ==== 4. Renderer [record] ========================================================================
+# ==== 9. Renderer [record] ========================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
 # once what the distractors are composed behind and the simulator's own mask. Casting rays, where it
 # may be and five at its outline, is fast, needs no OpenGL and looks the same anywhere.
@@ -367,13 +877,9 @@ def agent_geoms(model) -> np.ndarray:
 
 def outline(shape: np.ndarray) -> np.ndarray:
     """(H, W) bool -> the pixels on either side of its border."""
-    border = np.zeros_like(shape)
-    across, down = shape[:, 1:] != shape[:, :-1], shape[1:] != shape[:-1]
-    border[:, 1:] |= across
-    border[:, :-1] |= across
-    border[1:] |= down
-    border[:-1] |= down
-    return border
+    near = torch.from_numpy(shape[None].astype(np.float32))
+    most, least = F.max_pool2d(near, 3, 1, 1), -F.max_pool2d(-near, 3, 1, 1)
+    return (most > least)[0].numpy()
 
 class AgentRenderer:
     """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
@@ -454,7 +960,7 @@ class AgentRenderer:
         return layers
 
 
-# ==== 5. Distractors [record] =====================================================================
+# ==== 10. Distractors [record] ====================================================================
 # In: a Gymnasium MuJoCo environment. Out: the same environment with 64x64 pixel observations in
 # which everything but the agent moves too, partly following the agent's actions. Stationary or
 # smooth backgrounds are easy: what ruins a latent action is many sharp edges moving independently.
@@ -606,59 +1112,10 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return self.frame
 
 
-# ==== 6. Video [record] ===========================================================================
-# In: a task, its expert and a distractor level. Out: episodes in memory-mapped arrays, and index
-# arithmetic that cuts training windows from them. Everything after this section is off-line.
+# ==== 11. Recording [record] ======================================================================
+# In: a body, its expert and its distractors. Out: three videos of episodes, half of them quiet
+# demonstrations of the expert, the other half explorations.
 SPLITS = ("training", "heldout", "decorrelated", "evaluate")
-
-@dataclass
-class Video:
-    """Episodes: frames[e, t] is what the agent sees when it chooses actions[e, t].
-
-    frames (E, T, H, W, 3) u8; masks (E, T, H, W) u8, 255 = agent; length (E,) i64, frames until an
-    episode ended. Known for recordings, None for video of one's own, and read by nothing but
-    probe, decoder and references: actions (E, T, A), executed, and intended (E, T, A), before noise
-    was added, both scaled to [-1, 1]; rewards (E, T) for moving; states (E, T, S); distractor
-    (E, T, D), how the background moved from t to t + 1, all f32; demonstration (E,) bool, quiet
-    episodes to clone, where the others explore."""
-
-    frames: np.ndarray
-    masks: np.ndarray
-    length: np.ndarray
-    actions: np.ndarray | None = None
-    intended: np.ndarray | None = None
-    rewards: np.ndarray | None = None
-    states: np.ndarray | None = None
-    distractor: np.ndarray | None = None
-    demonstration: np.ndarray | None = None
-
-    @classmethod
-    def open(cls, folder, mode="c"):
-        """Map the arrays of a folder; writes stay in memory unless mode is "r+"."""
-        return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
-
-    @classmethod
-    def create(cls, folder, E, T, size, A, S, D):
-        """Make files that take their room on disk at once. Length, which comes last, is 0 for what
-        is still to be recorded."""
-        shapes = dict(
-            frames=(np.uint8, E, T, size, size, 3), masks=(np.uint8, E, T, size, size),
-            actions=(np.float32, E, T, A), intended=(np.float32, E, T, A),
-            rewards=(np.float32, E, T), states=(np.float32, E, T, S),
-            distractor=(np.float32, E, T, D), demonstration=(bool, E), length=(np.int64, E))
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (kind, *shape) in shapes.items():
-            descr = np.lib.format.dtype_to_descr(np.dtype(kind))
-            header = dict(descr=descr, fortran_order=False, shape=tuple(shape))
-            with open(folder / f"{name}.npy", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for _ in range(E):
-                    file.write(np.zeros(shape[1:], kind).tobytes())
-
-    @property
-    def valid(self) -> np.ndarray:
-        """(E, T) bool: which frames were recorded, before the end of their episode."""
-        return np.arange(self.frames.shape[1]) < self.length[:, None]
 
 def episode_seed(config, split, index):
     """Environment seed of an episode; splits never share one, nor do runs with other seeds."""
@@ -756,212 +1213,11 @@ def record(config, folder, pmap=map):
     save_json(folder / "checksums.json", array_checksums(folder))
     return frames
 
-class Windows:
-    """Index arithmetic for training windows: every (e, t) whose episode goes on to t + 1.
 
-    A window of offset k is the stack obs (t-2, t-1, t), the stack future_obs (t+k-2, t+k-1, t+k)
-    and next_obs, t + 1. It never crosses an episode's end: the first frame stands for what was
-    before it, and k is cut to what is left. With mask_input masks are a frame's fourth channel."""
-
-    def __init__(self, video: Video, device="cpu", mask_input=False):
-        self.video, self.device, self.mask_input = video, device, mask_input
-        self.T = video.frames.shape[1]
-        self.frames = torch.from_numpy(video.frames).flatten(0, 1).to(device)  # (E T, H, W, 3) u8
-        self.masks = torch.from_numpy(video.masks).flatten(0, 1).to(device)  # (E T, H, W) u8
-        self.e, self.t = np.nonzero(video.valid[:, 1:])
-
-    def __len__(self):
-        return len(self.e)
-
-    def index(self, chosen: np.ndarray, k) -> np.ndarray:
-        """(B,) windows and offsets k (B,) or int -> (B, 7) flat frame indices: 3, 3, next."""
-        e, t = self.e[chosen], self.t[chosen]
-        k = np.minimum(k, self.video.length[e] - 1 - t)
-        steps = [t - 2, t - 1, t, t + k - 2, t + k - 1, t + k, t + 1]
-        return e[:, None] * self.T + np.stack(steps, 1).clip(0)
-
-    def gather(self, index):
-        """(B, n) flat frame indices -> (B, n, H, W, C) u8, C = 3 or, with mask_input, 4."""
-        index = torch.from_numpy(index).to(self.device)
-        frames = self.frames[index]
-        return torch.cat([frames, self.masks[index][..., None]], -1) if self.mask_input else frames
-
-    def seen(self, chosen, frames=3, k=1):
-        """-> (B, frames, H, W, C) u8: the stack obs, all that a policy sees, or with 6 frames also
-        the stack future_obs, newest frame last."""
-        return self.gather(self.index(chosen, k)[:, :frames])
-
-    def batch(self, chosen, k=1):
-        """-> obs and future_obs (B, 6, H, W, C) u8, next_obs (B, 3, H, W) f32 in [-0.5, 0.5], and
-        its mask (B, 1, H, W) f32 in [0, 1]."""
-        index = self.index(chosen, k)
-        frames = self.gather(index)
-        mask = self.masks[torch.from_numpy(index[:, 6:]).to(self.device)] / 255
-        return frames[:, :6], to_float(frames[:, 6:, ..., :3]), mask
-
-    def actions(self, chosen=slice(None)):
-        """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
-        return self.video.actions[self.e[chosen], self.t[chosen]]
-
-    def labels(self, chosen):
-        """`actions` as a tensor where the frames are."""
-        return torch.from_numpy(self.actions(chosen)).to(self.device)
-
-    def noise(self, chosen=slice(None)):
-        """(B, A) f32: the part of the executed actions that no past frame tells."""
-        return self.actions(chosen) - self.video.intended[self.e[chosen], self.t[chosen]]
-
-    def demonstrations(self):
-        """-> the windows (n,) of the episodes that policies are cloned from."""
-        return np.flatnonzero(self.video.demonstration[self.e])
-
-
-# ==== 7. Networks [mask] ==========================================================================
-# The IDM turns six frames into a latent action, the FDM three frames and a latent action into the
-# next frame, the policy three frames into a latent action. n frames are (B, n, H, W, C) u8; C is 4
-# with --mask-input. One loop trains every network of this file.
-def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
-    """(B, n, H, W, C) u8 -> (B, n patch^2 C, H / patch, W / patch) in [-0.5, 0.5], channels last in
-    memory; bfloat16 under autocast. Bytes are rearranged before they grow to floats."""
-    B, n, H, W, C = frames.shape
-    h, w = H // patch, W // patch
-    tiles = frames.reshape(B, n, h, patch, w, patch, C).permute(0, 2, 4, 1, 3, 5, 6)
-    tiles = tiles.reshape(B, h, w, n * patch**2 * C)
-    lower = torch.is_autocast_enabled(frames.device.type)
-    floats = tiles.to(torch.bfloat16 if lower else torch.float32)
-    return floats.sub_(127.5).div_(255).permute(0, 3, 1, 2)  # x - 127.5 is exact in bfloat16 too
-
-def autocast(device):
-    """bfloat16 where the device multiplies it natively; float32 elsewhere."""
-    kind = torch.device(device).type
-    cpu = torch.cpu.get_capabilities() if kind == "cpu" else {}
-    native = kind != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return torch.autocast(kind, torch.bfloat16, enabled=bool(native))
-
-def conv(inputs, outputs, kernel=3, stride=1):
-    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
-
-def channels_last(module):
-    return module.to(memory_format=torch.channels_last)
-
-class ResidualBlock(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.first, self.second = conv(width, width), conv(width, width)
-
-    def forward(self, x):
-        return x + self.second(F.relu(self.first(F.relu(x))))
-
-def impala_encoder(channels, widths, blocks):
-    """(B, channels, H, W) -> (B, widths[-1], H / 2^n, W / 2^n): n stages (arXiv 1802.01561)."""
-    layers = []
-    for width in widths:
-        layers += [conv(channels, width), nn.MaxPool2d(3, 2, padding=1)]
-        layers += [ResidualBlock(width) for _ in range(blocks)]
-        channels = width
-    return nn.Sequential(*layers, nn.ReLU())
-
-def impala_decoder(widths, blocks):
-    """The mirror image of `impala_encoder`: (B, widths[-1], h, w) -> (B, 3, H, W)."""
-    layers = []
-    for width, below in zip(widths[::-1], (*widths[-2::-1], widths[0])):
-        layers += [ResidualBlock(width) for _ in range(blocks)] + [nn.ReLU()]
-        layers += [nn.Upsample(scale_factor=2), conv(width, below)]
-    return nn.Sequential(*layers, nn.ReLU(), conv(widths[0], 3))
-
-def patch_encoder(channels, widths):
-    """(B, channels, h, w), folded by `to_float` -> (B, widths[-1], h / 2^(n-1), w / 2^(n-1)).
-    For CPUs: the first stage is a matrix product, each later one a convolution of stride two."""
-    layers = [conv(channels, widths[0], 1)]
-    for inputs, outputs in zip(widths, widths[1:]):
-        layers += [nn.ReLU(), conv(inputs, outputs, stride=2)]
-    return nn.Sequential(*layers, nn.ReLU())
-
-def map_side(config, widths):
-    """Height and width of an encoder's last map."""
-    halvings = len(widths) if config.patch == 1 else len(widths) - 1
-    return config.frame_size // (config.patch * 2**halvings)
-
-class FrameEncoder(nn.Module):
-    """(B, frames, H, W, C) u8 -> (B, outputs): the IDM (6 -> Z), the policy (3 -> Z or A)."""
-
-    def __init__(self, config, frames, outputs):
-        super().__init__()
-        self.frames, self.patch, widths = frames, config.patch, config.idm_widths
-        channels = (3 + config.mask_input) * frames * config.patch**2
-        if config.patch == 1:
-            self.encoder = impala_encoder(channels, widths, config.blocks)
-        else:
-            self.encoder = patch_encoder(channels, widths)
-        inputs = widths[-1] * map_side(config, widths)**2
-        self.head = nn.Linear(inputs, outputs) if config.hidden == 0 else nn.Sequential(
-            nn.Linear(inputs, config.hidden), nn.ReLU(), nn.Linear(config.hidden, outputs))
-
-    def forward(self, frames):
-        return self.head(self.encoder(to_float(frames, self.patch)).flatten(1))  # (B, outputs)
-
-class ImpalaFDM(nn.Module):
-    """Three frames (B, 3, H, W, C) u8 and a latent action (B, Z) -> the next frame (B, 3, H, W).
-    The latent becomes a map that is concatenated with what the encoder has seen."""
-
-    def __init__(self, config):
-        super().__init__()
-        width, side = config.fdm_widths[-1], map_side(config, config.fdm_widths)
-        self.shape = (width, side, side)
-        channels = (3 + config.mask_input) * 3
-        self.encoder = impala_encoder(channels, config.fdm_widths, config.blocks)
-        self.latent = nn.Linear(config.latent_dim, width * side**2)
-        self.merge = conv(2 * width, width, 1)
-        self.decoder = impala_decoder(config.fdm_widths, config.blocks)
-
-    def forward(self, obs, z):
-        seen = self.encoder(to_float(obs))
-        action = self.latent(z).unflatten(1, self.shape)  # Z -> (width, h, w)
-        merged = self.merge(torch.cat([seen, action], 1))  # (B, 2 width, h, w) -> (B, width, h, w)
-        return torch.tanh(self.decoder(merged)) / 2
-
-class UNet(nn.Module):
-    """(B, inputs, h, w) and, if vector > 0, (B, vector) -> (B, outputs, h, w).
-    Every width after the first is a level of half the size; h and w must be `side` at the last."""
-
-    def __init__(self, inputs, outputs, widths, kernel=1, vector=0, side=1):
-        super().__init__()
-        self.first = conv(inputs, widths[0], kernel)
-        levels = list(zip(widths, widths[1:]))
-        self.down = nn.ModuleList(conv(fine, coarse, stride=2) for fine, coarse in levels)
-        self.up = nn.ModuleList(conv(coarse, 4 * fine, 1) for fine, coarse in levels)
-        self.join = nn.ModuleList(conv(2 * fine, fine, kernel) for fine, coarse in levels)
-        self.last = conv(widths[0], outputs, 1)
-        self.shape = (widths[-1], side, side)
-        if vector:
-            self.vector = nn.Linear(vector, widths[-1] * side**2)
-            self.merge = conv(2 * widths[-1], widths[-1], 1)
-
-    def forward(self, x, vector=None):
-        maps = [F.relu(self.first(x))]
-        for down in self.down:
-            maps.append(F.relu(down(maps[-1])))
-        x = maps.pop()
-        if vector is not None:
-            spread = self.vector(vector).unflatten(1, self.shape)  # a map of its own
-            x = F.relu(self.merge(torch.cat([x, spread], 1)))
-        for up, join, fine in reversed(list(zip(self.up, self.join, maps))):
-            x = F.relu(F.pixel_shuffle(up(x), 2))
-            x = F.relu(join(torch.cat([x, fine], 1)))
-        return self.last(x)
-
-class PatchFDM(nn.Module):
-    """The same for CPUs: a U-Net on folded frames that predicts the change since the last frame."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.patch, side = config.patch, map_side(config, config.fdm_widths)
-        inputs = (3 + config.mask_input) * 3 * self.patch**2
-        self.unet = UNet(inputs, 3 * self.patch**2, config.fdm_widths, 1, config.latent_dim, side)
-
-    def forward(self, obs, z):
-        change = F.pixel_shuffle(self.unet(to_float(obs, self.patch), z), self.patch)
-        return to_float(obs[:, -1:, ..., :3]) + change
+# ==== 12. Masks [mask] ============================================================================
+# In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
+# --masks sam the segmentation model SAM (arXiv 2304.02643) finds the agent on a few keyframes and a
+# student learns from those to mask every frame; with --masks student the simulator does SAM's part.
 
 class Student(nn.Module):
     """Segments the agent: frames (B, 3, H, W) -> logits (B, 1, H, W), sides multiples of 16."""
@@ -972,52 +1228,6 @@ class Student(nn.Module):
 
     def forward(self, frames):
         return F.pixel_shuffle(self.unet(F.pixel_unshuffle(frames, 2)), 2)
-
-def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None):
-    """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
-
-    compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
-    goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
-    stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
-    times (step, mean loss since the last, report); UserError where losses are not finite."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
-    start, history, losses = 0, [], []
-    if checkpoint and checkpoint.exists():
-        saved = load_torch(checkpoint)
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, history, losses = saved["step"], saved["history"], saved["losses"]
-    every, saved_at = max(1, updates // 10), time.monotonic()
-
-    steps = range(start, stop or updates)
-    for step in tqdm(steps, text, stop or updates, initial=start, leave=False):
-        warmup, cosine = (step + 1) / (0.05 * updates + 1), 1 + math.cos(math.pi * step / updates)
-        optimizer.param_groups[0]["lr"] = lr * min(1, warmup) * 0.5 * cosine
-        loss = compute_loss(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-
-        losses.append(loss.detach())
-        if (step + 1) % every == 0:
-            mean = sum(float(x) for x in losses) / len(losses)
-            if not math.isfinite(mean):
-                raise UserError(f"the loss of {text} is {mean} by update {step + 1}: lower its lr")
-            history.append((step + 1, mean, report(step + 1) if report else None))
-            losses = []
-        if checkpoint and time.monotonic() - saved_at > 30:
-            save_torch(checkpoint, dict(
-                network=network.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
-                losses=[float(x) for x in losses], history=history))
-            saved_at = time.monotonic()
-    return history
-
-
-# ==== 8. Masks [mask] =============================================================================
-# In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
-# --masks sam the segmentation model SAM (arXiv 2304.02643) finds the agent on a few keyframes and a
-# student learns from those to mask every frame; with --masks student the simulator does SAM's part.
 
 def sam_path(model: str, file: str = "") -> Path:
     """Where the checkpoint of a SAM is: `file`, or its place in torch's hub cache."""
@@ -1043,15 +1253,15 @@ def load_sam(model: str, file: str, device):
 
 @torch.no_grad()
 
-def segment(predictor, frames: np.ndarray, prompt=(), checkpoint=None):
+def segment(predictor, frames: np.ndarray, points=None, labels=(1,), checkpoint=None):
     """SAM's candidates for frames (n, H, W, 3) u8: masks (n, 3, H, W) bool, its own IoUs (n, 3).
-    prompt: as --prompt has it; without one, a box and a point where a camera that follows the agent
-    shows it. On a GPU embeddings are computed in batches; `checkpoint` keeps what is done."""
-    points = np.array([[abs(float(x)) for x in point.split(",")] for point in prompt])
-    labels, box = np.array([not point.startswith("-") for point in prompt], int), None
-    if not prompt:
-        points, labels = np.array([[0.5, 0.42]]) * frames.shape[1], np.ones(1, int)
-        box = np.array([0.05, 0.1, 0.95, 0.9]) * frames.shape[1]
+
+    points (m, 2), x and y in pixels, with labels (m,) 1 = on the agent, 0 = off it; without points,
+    one point and a box where a camera that follows the agent shows it. On a GPU embeddings are
+    computed in batches; `checkpoint` (a path) keeps what is done."""
+    size, box = frames.shape[1], None
+    if points is None:
+        points, box = [[0.5 * size, 0.42 * size]], size * np.array([0.05, 0.1, 0.95, 0.9])
     masks, scores = load_torch(checkpoint) if checkpoint and checkpoint.exists() else ([], [])
     device = predictor.device
     batch = 1 if device.type == "cpu" else 16
@@ -1062,7 +1272,7 @@ def segment(predictor, frames: np.ndarray, prompt=(), checkpoint=None):
             predictor.set_torch_image(pixels, frames.shape[1:3])
         for embedding in predictor.features.float().split(1):
             predictor.features = embedding
-            mask, score, _ = predictor.predict(points, labels, box)
+            mask, score, _ = predictor.predict(np.array(points), np.array(labels), box)
             masks.append(torch.from_numpy(mask))
             scores.append(torch.from_numpy(score))
         if checkpoint:
@@ -1137,7 +1347,7 @@ def segment_videos(config, videos, device, checkpoint=None):
         predictor = load_sam(config.sam_model, config.sam_checkpoint, device)
         if device.type == "cpu":  # 14 s each were measured on two cores
             print(f"{len(frames)} keyframes: vit_b takes ~{len(frames) * 14 // 60} minutes")
-        found, scores = segment(predictor, frames, config.prompt, checkpoint)
+        found, scores = segment(predictor, frames, checkpoint=checkpoint)
         labels = np.uint8(255) * found[np.arange(len(found)), choose_masks(found, scores)]
     student = train_student(config, frames, labels, device)
     masks, iou = {}, {"keyframes": mask_iou(labels, truth)}
@@ -1178,228 +1388,7 @@ def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
-# ==== 9. Latent action models [lam] ===============================================================
-# In: windows of a Video. Out: an IDM whose latent actions explain what the masked loss asks for,
-# and its FDM. One loop trains every method; they differ in the weight of the background alone.
-def masked_mse(prediction, target, mask, background_weight=0.0):
-    """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
-
-    prediction, target (B, C, H, W); mask (B, 1, H, W) in [0, 1], 1 = agent. Every pixel weighs
-    w = mask + background_weight (1 - mask), and the result is sum(w error^2) / (C sum(w)).
-    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask."""
-    if background_weight == 1:
-        return F.mse_loss(prediction, target)
-    weight = mask + background_weight * (1 - mask)
-    error = weight * (prediction - target) ** 2  # (B, C, H, W)
-    return error.sum() / (prediction.shape[1] * weight.sum())
-
-def make_networks(config, method, actions):
-    """Fresh networks of a method: "idm" and "fdm" or, of a reference, "idm" and a linear "head".
-
-    References bound a latent from both sides: the same network learns from true actions what a
-    linear head can read. "supervised-idm" sees all that an IDM sees; "past-only" nothing after the
-    action, so that it knows of the action what the past tells and no more."""
-    torch.manual_seed(config.seed)
-    idm = FrameEncoder(config, 3 if method == "past-only" else 6, config.latent_dim)
-    if method in REFERENCES:
-        return nn.ModuleDict({"idm": idm, "head": nn.Linear(config.latent_dim, actions)})
-    fdm = ImpalaFDM(config) if config.patch == 1 else PatchFDM(config)
-    return nn.ModuleDict({"idm": idm, "fdm": fdm})
-
-def train_lam(config, windows, method, report=None, checkpoint=None):
-    """Train a method's networks, or a reference's, on windows; -> (networks, history of `train`).
-    report(idm) -> a number for the history, such as the held-out error of a probe."""
-    reference, device = method in REFERENCES, windows.device
-    networks = channels_last(make_networks(config, method, windows.video.actions.shape[2]))
-    networks, idm = networks.to(device), networks["idm"]
-    weight = 1.0 if method == "lapo" else config.background_weight
-
-    def loss(step):
-        rng = generator(config.seed, "lam", step)
-        chosen = rng.integers(len(windows), size=config.batch_size)
-        if reference:
-            with autocast(device):
-                z = idm(windows.seen(chosen, idm.frames))
-            return F.mse_loss(networks["head"](z.float()), windows.labels(chosen))
-        k = rng.integers(1, config.offset + 1, config.batch_size)
-        stacks, next_obs, mask = windows.batch(chosen, k)
-        with autocast(device):
-            prediction = networks["fdm"](stacks[:, :3], idm(stacks))
-        return masked_mse(prediction.float(), next_obs, mask, weight)
-
-    # True actions are learnt sooner than pixels.
-    updates = max(1, config.lam_updates // 2) if reference else config.lam_updates
-    progress = report and (lambda step: report(idm))
-    history = train(networks, loss, updates, config.lam_lr, method, checkpoint, progress)
-    return networks.eval(), history
-
-@torch.no_grad()
-def latents(network, windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """Latent actions (n, Z) f32 that an IDM, or a policy, gives the chosen windows, k = 1."""
-    parts = []
-    for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
-        with autocast(windows.device):
-            z = network(windows.seen(part, network.frames))
-        parts.append(z.float().cpu())
-    return torch.cat(parts).numpy()
-
-
-# ==== 10. Linear probe [probe] ====================================================================
-# In: latent actions and true actions of training and held-out episodes. Out: how much of the action
-# a linear map reads from the latent. Closed form, so nothing is tuned and nothing can diverge.
-def ridge(inputs, targets, penalty=1e-4):
-    """Ridge regression with intercept, closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A)."""
-    inputs, targets = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
-    center, scale, offset = inputs.mean(0), inputs.std(0) + 1e-8, targets.mean(0)
-    X = (inputs - center) / scale
-    gram = X.T @ X + penalty * len(X) * np.eye(X.shape[1])
-    weights = np.linalg.solve(gram, X.T @ (targets - offset))
-    return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + offset
-
-def nmse(prediction, target) -> np.ndarray:
-    """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
-    variance = target.var(0)
-    if (variance < 1e-12).any():
-        constant = np.flatnonzero(variance < 1e-12).tolist()
-        raise UserError(f"dimensions {constant} of what is probed never change: no NMSE")
-    return ((prediction - target) ** 2).mean(0) / variance
-
-def r2(prediction, target) -> float:
-    """1 - NMSE, averaged over the dimensions that vary at all; 0 where none does."""
-    moves = target.var(0) > 1e-3
-    return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
-
-def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """Frame t + 1 with the agent masked out, averaged over 4x4 blocks: (n, 48) f32."""
-    index = torch.from_numpy(windows.index(chosen, 1)[:, 6])
-    blocks = []
-    for part in index.split(500):
-        behind = 255 - windows.masks[part, None].float()  # (n, 1, H, W)
-        frames = windows.frames[part].permute(0, 3, 1, 2) * behind
-        weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1)
-        blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
-    return torch.cat(blocks).flatten(1).cpu().numpy()
-
-def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, limit=10_000) -> dict:
-    """Linear probes of encode(windows, chosen) -> (n, Z), fitted on at most `limit` windows of
-    `training`, read on unseen episodes. NMSE of the action; of its noise, which no past frame
-    tells, so that a latent that only knows the pose has 1; of the action where the background
-    ignores it (rho = 0); and R2 of the next background, what a latent should not know."""
-    chosen = generator(0, "probe").permutation(len(training))[:limit]
-    unseen, others = np.arange(len(heldout)), np.arange(len(decorrelated))
-    z, z_unseen, z_others = (encode(training, chosen), encode(heldout, unseen),
-                             encode(decorrelated, others))
-    action = ridge(z, training.actions(chosen))
-    noise = ridge(z, training.noise(chosen))
-    background = ridge(z, next_background(training, chosen))
-
-    per_dimension = nmse(action(z_unseen), heldout.actions())
-    return dict(
-        probe_nmse=float(per_dimension.mean()),
-        probe_nmse_per_dimension=per_dimension.tolist(),
-        probe_nmse_noise=float(nmse(noise(z_unseen), heldout.noise()).mean()),
-        probe_nmse_decorrelated=float(nmse(action(z_others), decorrelated.actions()).mean()),
-        leakage_r2=r2(background(z_unseen), next_background(heldout, unseen)))
-
-def quick_probe(idm, training, heldout, limit=1000) -> float:
-    """Held-out NMSE of the action on a thousand windows, while an IDM learns."""
-    some, unseen = (generator(0, "quick").permutation(len(w))[:limit] for w in (training, heldout))
-    read = ridge(latents(idm, training, some), training.actions(some))
-    return float(nmse(read(latents(idm, heldout, unseen)), heldout.actions(unseen)).mean())
-
-
-# ==== 11. Latent policy [policy] ==================================================================
-# In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
-# actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
-# few labels. Both are regressions; so are the references, cloned from actions directly.
-def regress(config, network, inputs, targets, rows, updates, lr, text, checkpoint=None, held=None,
-            stop=None):
-    """Fit network(inputs(batch)) to targets[batch] by squared error, batches (B,) drawn from rows.
-    targets (n, D) f32. With rows `held` out, the history of `train` has the error on them."""
-    device = next(network.parameters()).device
-    targets = torch.from_numpy(targets).to(device)
-
-    def error(batch):
-        with autocast(device):
-            prediction = network(inputs(batch))
-        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
-
-    def loss(step):
-        rng = generator(config.seed, "regress", step)
-        return error(rows[rng.integers(len(rows), size=config.batch_size)])
-
-    @torch.no_grad()
-    def report(step):
-        return None if held is None else float(error(held))
-
-    return train(network, loss, updates, lr, text, checkpoint, report, stop)
-
-def regress_few(config, network, inputs, targets, rows, lr, text):
-    """`regress` for few labels: the last fifth of the rows says after how many updates the network
-    has learnt the most; then it starts again and learns from all rows for as long."""
-    fresh = copy.deepcopy(network.state_dict())
-    fit = functools.partial(regress, config, network, inputs, targets, lr=lr, text=text,
-                            updates=config.decoder_updates)
-    first, held = np.split(rows, [len(rows) * 4 // 5])
-    stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
-    network.load_state_dict(fresh)
-    history = fit(rows=rows, stop=stop)
-    return network.eval(), history
-
-def labelled_windows(config, windows: Windows) -> np.ndarray:
-    """Windows (n,) whose actions may be seen: whole demonstrations, drawn at random."""
-    demonstrations = windows.demonstrations()
-    order = generator(config.seed, "labels").permutation(len(windows.video.length))
-    place = np.argsort(order)[windows.e[demonstrations]]
-    return demonstrations[np.argsort(place, kind="stable")][:config.labels]
-
-def make_policy(config, outputs):
-    """A fresh network from the stack obs to `outputs` numbers, actions or latent actions."""
-    torch.manual_seed(config.seed + 1)
-    return channels_last(FrameEncoder(config, 3, outputs))
-
-def make_decoder(config, actions):
-    """A fresh MLP from latent actions to actions."""
-    torch.manual_seed(config.seed + 2)
-    return nn.Sequential(nn.Linear(config.latent_dim, 256), nn.ReLU(), nn.Linear(256, actions))
-
-def clone(config, windows, targets, text, checkpoint=None):
-    """Behaviour cloning of targets (len(windows), D), latent or true actions.
-    -> policy, history of `train`; so do the two functions below."""
-    policy = make_policy(config, targets.shape[1]).to(windows.device)
-    rows = windows.demonstrations()
-    history = regress(config, policy, windows.seen, targets, rows, config.policy_updates,
-                      config.policy_lr, text, checkpoint)
-    return policy.eval(), history
-
-def latent_targets(idm, windows) -> np.ndarray:
-    """What a frozen IDM says of the demonstrations (len(windows), Z), 0 elsewhere; scaled to unit
-    variance, as a latent's scale is arbitrary."""
-    rows = windows.demonstrations()
-    z = latents(idm, windows, rows)
-    targets = np.zeros((len(windows), z.shape[1]), np.float32)
-    targets[rows] = (z - z.mean(0)) / (z.std(0) + 1e-6)
-    return targets
-
-def decode(config, policy, windows, labelled, text):
-    """Teach a policy that emits latent actions what they do -> one that emits actions.
-    True actions are read of the windows `labelled` (n,) alone."""
-    cloned = torch.from_numpy(latents(policy, windows, labelled)).to(windows.device)
-    actions = windows.actions(labelled)
-    decoder = make_decoder(config, actions.shape[1]).to(windows.device)
-    rows = np.arange(len(labelled))
-    _, history = regress_few(config, decoder, lambda batch: cloned[torch.from_numpy(batch)],
-                             actions, rows, 1e-3, f"{text} decoder")
-    return nn.Sequential(policy, decoder), history
-
-def clone_labels(config, windows, labelled):
-    """Behaviour cloning of the labelled windows alone, for as long as serves it."""
-    policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
-    return regress_few(config, policy, windows.seen, windows.actions(), labelled,
-                       config.policy_lr, "labels-only")
-
-
-# ==== 12. Evaluation [evaluate] ===================================================================
+# ==== 13. Evaluation [evaluate] ===================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
 # probed on. Episodes of one job step together, so that the policy sees batches.
 @torch.no_grad()
@@ -1454,7 +1443,7 @@ def evaluate_state_policy(config, name):
                      for seed in seeds])
 
 
-# ==== 13. Report [report] =========================================================================
+# ==== 14. Report [report] =========================================================================
 # In: the numbers of all stages. Out: a table, two figures and an animation.
 COLUMNS = {"probe_nmse": "NMSE", "probe_nmse_noise": "of noise",
            "probe_nmse_decorrelated": "rho = 0", "leakage_r2": "leakage",
@@ -1516,25 +1505,18 @@ def predict_one(windows, networks):
     predicted = networks["fdm"](stacks[:, :3], networks["idm"](stacks))
     return picture(next_obs), picture(predicted), picture(mask - 0.5)[..., 0]
 
-def plot_summary(results, histories, predictions, path):
-    """Bars of NMSEs and returns, {method: history} of `train`, and what each FDM predicted.
-    predictions: {method: (true, predicted, mask)}, each (H, W, 3) or (H, W) u8."""
-    heights = [3] + [2.5] * len(histories)
+def plot_summary(results, predictions, path):
+    """Bars of NMSEs, leakage and returns, and what each FDM predicted: {method: (true, predicted,
+    mask)}, each (H, W, 3) or (H, W) u8."""
+    heights = [3] + [2.5] * len(predictions)
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     axes, *grid = figure.subplots(len(heights), 4, height_ratios=heights)
     rows = results["methods"]
     plot_bars(axes[0], rows, "probe_nmse", "probe NMSE of the action (lower is better)")
     plot_bars(axes[1], rows, "probe_nmse_noise", "... of what no past frame tells")
-    plot_bars(axes[2], rows, "return_mean", "return (higher is better)")
-    for name, history in histories.items():
-        steps, _, nmses = zip(*history)
-        axes[3].plot(steps, nmses, "o-", color=COLORS[name], label=name)
-    axes[3].set_title("probe NMSE over training steps", fontsize=9)
-    axes[3].set_ylim(0, 1.1)
-    axes[3].legend(fontsize=8)
-
-    for name, row in zip(histories, grid):
-        true, predicted, mask = predictions[name]
+    plot_bars(axes[2], rows, "leakage_r2", "R2 of the next background (lower is better)")
+    plot_bars(axes[3], rows, "return_mean", "return (higher is better)")
+    for (name, (true, predicted, mask)), row in zip(predictions.items(), grid):
         error = np.abs(true - predicted.astype(int)).mean(-1)
         show(row[0], true, "next frame")
         show(row[1], predicted, f"{name}: prediction")
@@ -1582,7 +1564,7 @@ def summarize(results: list[dict]) -> dict:
     return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
 
 
-# ==== 14. Pipeline ================================================================================
+# ==== 15. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. A stage's results are cached under a key made of the
 # config fields and the source text that they depend on, written whole or not at all, and taken up
 # again where a killed run stopped.
@@ -1738,13 +1720,8 @@ class Run:
 
     def lam(self, name):
         """-> the networks of a method or a reference, see `make_networks`, and their history."""
-        config, (training, heldout, _) = self.config, self.windows
-
-        def progress(idm):
-            return quick_probe(idm, training, heldout)
-
-        return self.trained("lam", name, make_networks(config, name, self.actions), lambda partial:
-                            train_lam(config, training, name, progress, partial))
+        return self.trained("lam", name, make_networks(self.config, name, self.actions),
+                            lambda partial: train_lam(self.config, self.windows[0], name, partial))
 
     def probe(self, name):
         """-> the probe's numbers of a method's frozen IDM, or of a reference."""
@@ -1822,11 +1799,8 @@ class Run:
             rates=self.rates(), noise_share=float(share.mean()), expert_return=expert,
             random_return=chance, methods=rows)
 
-        lams = {name: self.lam(name) for name in config.methods}
-        histories = {name: history for name, (_, history) in lams.items()}
-        predictions = {name: predict_one(heldout, networks)
-                       for name, (networks, _) in lams.items()}
-        plot_summary(results, histories, predictions, self.folder / "summary.png")
+        predictions = {name: predict_one(heldout, self.lam(name)[0]) for name in config.methods}
+        plot_summary(results, predictions, self.folder / "summary.png")
         save_animation({m: films[m] for m in config.methods}, self.folder / "rollouts.gif",
                        state_env(config.task).dt)
         save_json(self.folder / "results.json", results)
@@ -1878,8 +1852,7 @@ def check_config(config: Config, given=()):
             if low is not None and not (math.isfinite(v) and low <= v <= high):
                 raise UserError(f"{flag(f.name)} is {v}; allowed: {low} to {high}")
 
-    useless = dict.fromkeys(("prompt", "sam_model", "sam_checkpoint"),
-                            config.masks not in ("auto", "sam"))
+    useless = dict.fromkeys(("sam_model", "sam_checkpoint"), config.masks not in ("auto", "sam"))
     useless |= dict.fromkeys(("keyframes", "student_updates"), config.masks == "simulator")
     useless |= dict(correlation=config.distractor == "none", blocks=config.patch > 1,
                     background_weight="masklam" not in config.methods)
@@ -1888,11 +1861,6 @@ def check_config(config: Config, given=()):
             raise UserError(f"{flag(name)} has no effect with the other settings; leave it out")
     if len(set(config.methods)) < len(config.methods):
         raise UserError("--methods names one twice")
-    for point in config.prompt:
-        inside = re.fullmatch(r"-?(\d+),(\d+)", point)
-        if not inside or max(map(int, inside.groups())) >= config.frame_size:
-            raise UserError(f"--prompt is {point!r}; allowed: x,y or -x,y in pixels of the frame, "
-                            "like 32,28")
     check_sizes(config)
     check_task(config)
 
@@ -1910,7 +1878,7 @@ def check_sizes(config):
     if config.labels > demonstrated:
         raise UserError(f"--labels is {config.labels}; allowed: 10 to {demonstrated}, the "
                         "transitions of the demonstrations, half of --episodes times --steps")
-    if config.keyframes > config.episodes * config.steps:
+    if config.masks != "simulator" and config.keyframes > config.episodes * config.steps:
         raise UserError(f"--keyframes is {config.keyframes}; allowed: 4 to "
                         f"{config.episodes * config.steps}, all frames")
 
@@ -1948,7 +1916,7 @@ def parse(argv):
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
-            kind = dict(type=type((*f.default, "")[0]), nargs="+", action="extend")
+            kind = dict(type=type(f.default[0]), nargs="+")
         else:
             kind = dict(type=type(f.default))
         help_text = f"{f.metadata['help']} (default {f.default})"
@@ -1961,8 +1929,6 @@ def parse(argv):
     parser.add_argument("--fresh", action="store_true", default=False, help="empty the cache first")
     parser.add_argument("--train-expert", action="store_true", default=False,
                         help="search the task's expert and print its literal")
-    argv = "\n".join(sys.argv[1:] if argv is None else argv)  # --prompt -3,4 is no other flag
-    argv = re.sub("^--prompt\n-", "--prompt=-", argv, flags=re.MULTILINE).splitlines()
     options = parser.parse_args(argv)
     chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()
               if hasattr(Config, k)}
@@ -2057,7 +2023,7 @@ def main(argv=None):
     return 2
 
 
-# ==== 15. Appendix: experts =======================================================================
+# ==== 16. Appendix: experts =======================================================================
 # How the experts were found, and the experts themselves. Augmented random search (ARS V2-t, arXiv
 # 1803.07055) needs no gradients and ends in one small matrix: a linear policy, which a servo makes
 # enough to walk, and which fits into this file. Nothing else here is trained on states.
