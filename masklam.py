@@ -59,7 +59,7 @@ import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout  # comes with torch, as Pillow does with matplotlib
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -72,8 +72,10 @@ from tqdm import tqdm
 # class, so a new field is a new flag. Presets are plain overrides.
 STAGES = ("record", "mask", "lam", "probe", "policy", "decode", "evaluate", "report")
 DISTRACTORS = ("none", "low", "hard")
-METHODS = ("lapo", "masklam")
+METHODS = ("lapo", "masklam", "laom", "laom-labels")
+LAOMS = ("laom", "laom-labels")  # methods that predict no pixels
 REFERENCES = ("past-only", "supervised-idm")  # learn from true actions, to be probed
+SUPERVISED = (*REFERENCES, "laom-labels")
 CLONES = ("oracle", "labels-only")  # policies cloned from true actions: all, the labelled ones
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
@@ -132,7 +134,7 @@ class Config:
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
     eval_steps: int = option("evaluate", 500, "per evaluation episode", 1, 10**5)
-    methods: tuple[str, ...] = option("report", METHODS, "what to train", choices=METHODS)
+    methods: tuple[str, ...] = option("report", METHODS[:2], "what to train", choices=METHODS)
 
 PAPER = dict(latent_dim=128, offset=10, patch=1, idm_widths=(64, 128, 128),
              fdm_widths=(96, 192, 192), blocks=2, hidden=0, batch_size=512, lam_lr=6e-4,
@@ -509,8 +511,9 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
 
 
 # ==== 5. Latent action models [lam] ===============================================================
-# In: windows of a Video. Out: an IDM whose latent actions explain what the masked loss asks for,
-# and its FDM. One loop trains every method; they differ in the weight of the background alone.
+# In: windows of a Video. Out: an IDM whose latent actions explain what the loss asks for. One loop
+# trains every method. LAPO and MaskLAM differ in the weight of the background alone; LAOM (arXiv
+# 2502.00379) predicts no pixels but what a slow copy of its encoder makes of the next stack.
 def masked_mse(prediction, target, mask, background_weight=0.0):
     """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
 
@@ -523,42 +526,103 @@ def masked_mse(prediction, target, mask, background_weight=0.0):
     error = weight * (prediction - target) ** 2  # (B, C, H, W)
     return error.sum() / (prediction.shape[1] * weight.sum())
 
+def mlp(inputs, outputs):
+    return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, outputs))
+
+class LaomIDM(nn.Module):
+    """(B, 6, H, W, C) u8 -> (B, Z): one encoder (3 frames -> 256 numbers) for both stacks."""
+
+    frames = 6
+
+    def __init__(self, config):
+        super().__init__()
+        self.encoder = FrameEncoder(config, 3, 256)
+        self.act = mlp(2 * 256, config.latent_dim)
+
+    def encode(self, stacks):
+        """-> the encoder's view of obs (B, 256), and the latent action (B, Z)."""
+        obs, future_obs = self.encoder(stacks[:, :3]), self.encoder(stacks[:, 3:])
+        return obs, self.act(torch.cat([obs, future_obs], 1))
+
+    def forward(self, stacks):
+        return self.encode(stacks)[1]
+
 def make_networks(config, method, actions=0):
-    """Fresh networks of a method: "idm" and "fdm" or, of a reference, "idm" and a linear "head".
+    """Fresh networks of a method, "idm" and what its loss needs beside it.
 
     References bound a latent from both sides: the same network learns from true actions what a
-    linear head can read. "supervised-idm" sees all that an IDM sees; "past-only" nothing after the
-    action, so that it knows of the action what the past tells and no more."""
+    linear "head" can read. "supervised-idm" sees all that an IDM sees; "past-only" nothing after
+    the action, so that it knows of the action what the past tells and no more."""
     torch.manual_seed(config.seed)
-    idm = FrameEncoder(config, 3 if method == "past-only" else 6, config.latent_dim)
-    if method in REFERENCES:
-        return nn.ModuleDict({"idm": idm, "head": nn.Linear(config.latent_dim, actions)})
-    fdm = ImpalaFDM(config) if config.patch == 1 else PatchFDM(config)
-    return nn.ModuleDict({"idm": idm, "fdm": fdm})
+    networks = nn.ModuleDict()
+    if method in LAOMS:
+        networks["idm"] = LaomIDM(config)
+        networks["fdm"] = mlp(256 + config.latent_dim, 256)
+        networks["target"] = copy.deepcopy(networks["idm"].encoder).requires_grad_(False)
+    else:
+        frames = 3 if method == "past-only" else 6
+        networks["idm"] = FrameEncoder(config, frames, config.latent_dim)
+        if method not in REFERENCES:
+            networks["fdm"] = ImpalaFDM(config) if config.patch == 1 else PatchFDM(config)
+    if method in SUPERVISED:
+        networks["head"] = nn.Linear(config.latent_dim, actions)
+    return networks
 
-def train_lam(config, windows, method, checkpoint=None):
-    """Train a method's networks, or a reference's, on windows -> (networks, history of `train`)."""
-    reference, device = method in REFERENCES, windows.device
-    actions = windows.video.actions.shape[2] if reference else 0  # unknown in video of one's own
+def augment(stacks, step):
+    """Every eighth of the stacks (B, 3, H, W, C) shifted, turned, seen askew or left as it is."""
+    from torchvision.transforms import v2  # slow to import, for LAOM only
+    choice = v2.RandomChoice([v2.RandomAffine(0, (0.1, 0.1)), v2.RandomAffine(15),
+                              v2.RandomPerspective(0.3, p=1), v2.Identity()])
+    torch.manual_seed(step)
+    parts = [choice(part.movedim(-1, 2)) for part in stacks.chunk(8)]
+    return torch.cat(parts).movedim(2, -1)
+
+def laom_loss(networks, stacks, next_stack, step, decay=0.999):
+    """Squared error of the next stack's embedding, predicted from this one's and the latent.
+    Every stack (B, 3, H, W, C) u8 is augmented by itself, so that a latent cannot tell pixels; the
+    target is a slow average of the encoder, so that a constant does not become the answer."""
+    idm, target = networks["idm"], networks["target"]
+    with torch.no_grad():
+        for slow, fast in zip(target.parameters(), idm.encoder.parameters()):
+            slow.lerp_(fast, 1 - decay)
+        wanted = target(augment(next_stack, 3 * step))
+    views = [augment(stacks[:, :3], 3 * step + 1), augment(stacks[:, 3:], 3 * step + 2)]
+    obs, z = idm.encode(torch.cat(views, 1))
+    prediction = networks["fdm"](torch.cat([obs, z], 1))
+    return F.mse_loss(prediction.float(), wanted.float())
+
+def train_lam(config, windows, method, labelled=None, checkpoint=None):
+    """Train a method's networks, or a reference's, on windows -> (networks, history of `train`).
+    True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
+    device = windows.device
+    actions = windows.video.actions.shape[2] if method in SUPERVISED else 0
     networks = channels_last(make_networks(config, method, actions)).to(device)
     idm = networks["idm"]
     weight = 1.0 if method == "lapo" else config.background_weight
 
+    def action_error(chosen):
+        z = idm(windows.seen(chosen, idm.frames))
+        return F.mse_loss(networks["head"](z).float(), windows.labels(chosen))
+
     def loss(step):
         rng = generator(config.seed, "lam", step)
         chosen = rng.integers(len(windows), size=config.batch_size)
-        if reference:
-            with autocast(device):
-                z = idm(windows.seen(chosen, idm.frames))
-            return F.mse_loss(networks["head"](z.float()), windows.labels(chosen))
         k = rng.integers(1, config.offset + 1, config.batch_size)
-        stacks, next_obs, mask = windows.batch(chosen, k)
         with autocast(device):
+            if method in REFERENCES:
+                return action_error(chosen)
+            if method in LAOMS:
+                frames = windows.gather(windows.index(chosen, k))
+                error = laom_loss(networks, frames[:, :6], frames[:, [1, 2, 6]], step)
+                if method == "laom-labels":
+                    error = error + 1e-3 * action_error(rng.choice(labelled, config.batch_size))
+                return error
+            stacks, next_obs, mask = windows.batch(chosen, k)
             prediction = networks["fdm"](stacks[:, :3], idm(stacks))
-        return masked_mse(prediction.float(), next_obs, mask, weight)
+            return masked_mse(prediction.float(), next_obs, mask, weight)
 
     # True actions are learnt sooner than pixels.
-    updates = max(1, config.lam_updates // 2) if reference else config.lam_updates
+    updates = max(1, config.lam_updates // 2) if method in REFERENCES else config.lam_updates
     history = train(networks, loss, updates, config.lam_lr, method, checkpoint)
     return networks.eval(), history
 
@@ -684,7 +748,7 @@ def make_policy(config, outputs):
 def make_decoder(config, actions):
     """A fresh MLP from latent actions to actions."""
     torch.manual_seed(config.seed + 2)
-    return nn.Sequential(nn.Linear(config.latent_dim, 256), nn.ReLU(), nn.Linear(256, actions))
+    return mlp(config.latent_dim, actions)
 
 def clone(config, windows, targets, text, checkpoint=None):
     """Behaviour cloning of targets (len(windows), D), latent or true actions.
@@ -1449,7 +1513,8 @@ COLUMNS = {"probe_nmse": "NMSE", "probe_nmse_noise": "of noise",
            "probe_nmse_decorrelated": "rho = 0", "leakage_r2": "leakage",
            "return_mean": "return", "return_std": "+-", "normalized_return": "normalised",
            "labels": "labels"}
-COLORS = {"lapo": "tab:red", "masklam": "tab:green", "oracle": "tab:gray",
+COLORS = {"lapo": "tab:red", "masklam": "tab:green", "laom": "tab:orange",
+          "laom-labels": "tab:brown", "oracle": "tab:gray",
           "labels-only": "silver", "supervised-idm": "tab:blue", "past-only": "tab:olive"}
 
 def normalized(value, chance, expert):
@@ -1582,6 +1647,8 @@ def cache_key(config, stage, name) -> str:
     order = STAGES.index(stage)
     chosen = {f.name: getattr(config, f.name) for f in fields(config)
               if STAGES.index(f.metadata["stage"]) <= order}
+    if name == "laom-labels":  # the one method that sees labels before they are decoded
+        chosen["labels"] = config.labels
     task = asdict(get_task(config.task)), EXPERTS.get(config.task)
     text = json.dumps([name, chosen, task, source_text(stage)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -1720,8 +1787,10 @@ class Run:
 
     def lam(self, name):
         """-> the networks of a method or a reference, see `make_networks`, and their history."""
-        return self.trained("lam", name, make_networks(self.config, name, self.actions),
-                            lambda partial: train_lam(self.config, self.windows[0], name, partial))
+        config, training = self.config, self.windows[0]
+        labelled = labelled_windows(config, training) if name == "laom-labels" else None
+        return self.trained("lam", name, make_networks(config, name, self.actions), lambda partial:
+                            train_lam(config, training, name, labelled, partial))
 
     def probe(self, name):
         """-> the probe's numbers of a method's frozen IDM, or of a reference."""
@@ -1799,7 +1868,8 @@ class Run:
             rates=self.rates(), noise_share=float(share.mean()), expert_return=expert,
             random_return=chance, methods=rows)
 
-        predictions = {name: predict_one(heldout, self.lam(name)[0]) for name in config.methods}
+        predictions = {name: predict_one(heldout, self.lam(name)[0]) for name in config.methods
+                       if name not in LAOMS}
         plot_summary(results, predictions, self.folder / "summary.png")
         save_animation({m: films[m] for m in config.methods}, self.folder / "rollouts.gif",
                        state_env(config.task).dt)
