@@ -35,6 +35,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import csv
 import functools
 import hashlib
 import io
@@ -51,6 +52,7 @@ import threading
 import time
 import zlib
 from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -1524,6 +1526,13 @@ def normalized(value, chance, expert):
                         "the task's expert again, or evaluate longer")
     return (value - chance) / (expert - chance)
 
+TITLES = {"probe_nmse": "probe NMSE of the action (lower is better)",
+          "probe_nmse_noise": "... of what no past frame tells",
+          "probe_nmse_decorrelated": "... where the background ignores it",
+          "leakage_r2": "R2 of the next background (lower is better)",
+          "return_mean": "return (higher is better)",
+          "normalized_return": "return: 0 = random, 1 = expert"}
+
 def table(results: dict) -> str:
     """The results' methods and references as lines of text."""
     def cell(value):
@@ -1577,10 +1586,8 @@ def plot_summary(results, predictions, path):
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     axes, *grid = figure.subplots(len(heights), 4, height_ratios=heights)
     rows = results["methods"]
-    plot_bars(axes[0], rows, "probe_nmse", "probe NMSE of the action (lower is better)")
-    plot_bars(axes[1], rows, "probe_nmse_noise", "... of what no past frame tells")
-    plot_bars(axes[2], rows, "leakage_r2", "R2 of the next background (lower is better)")
-    plot_bars(axes[3], rows, "return_mean", "return (higher is better)")
+    for ax, key in zip(axes, ("probe_nmse", "probe_nmse_noise", "leakage_r2", "return_mean")):
+        plot_bars(ax, rows, key, TITLES[key])
     for (name, (true, predicted, mask)), row in zip(predictions.items(), grid):
         error = np.abs(true - predicted.astype(int)).mean(-1)
         show(row[0], true, "next frame")
@@ -1613,6 +1620,20 @@ def save_animation(films, path, seconds, scale=3):
     with written_whole(path) as file:
         images[0].save(file, "GIF", save_all=True, append_images=images[1:],
                        duration=round(1000 * seconds), loop=0)
+
+def plot_sweep(rows: list[dict], path):
+    """A panel for every number in the rows, a line for every method over the points."""
+    keys = [key for key in rows[0] if key in COLUMNS and key not in ("labels", "return_std")]
+    figure = Figure(figsize=(4 * len(keys), 3.5), layout="constrained")
+    for ax, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            ax.plot([row["point"] for row in mine], [row[key] for row in mine], "o-",
+                    color=COLORS[method], label=method)
+        ax.set_title(TITLES[key], fontsize=9)
+        ax.tick_params(axis="x", labelrotation=45, labelsize=7)
+    ax.legend(fontsize=8)
+    save_figure(figure, path)
 
 def summarize(results: list[dict]) -> dict:
     """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
@@ -1907,6 +1928,48 @@ class Run:
                 self.evaluate(name)
         return self.report() if until == "report" else None
 
+SWEEPS = {  # changes of the config, point by point
+    "labels": [dict(labels=n) for n in (50, 100, 200, 400, 800, 1600, 6400)],
+    "latent": [dict(latent_dim=n) for n in (4, 16, 32, 64, 128, 256, 512)],
+    "correlation": [dict(correlation=r) for r in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)],
+    "offset": [dict(offset=k) for k in (1, 2, 3, 5, 10)],
+    "weight": [dict(background_weight=b) for b in (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)],
+    "masks": [{}, *(dict(occlude=f) for f in (0.25, 0.5, 0.75)), dict(erode=1),
+              *(dict(dilate=r) for r in (1, 2, 3)), *(dict(shift=s) for s in (2, 4, 8)),
+              dict(mask_input=True), dict(mask_input=True, background_weight=1.0)],
+}
+ONE_METHOD = ("weight", "masks")  # sweeps that mean nothing to other methods than masklam
+
+def run_sweep(config, name, folder, device, pool):
+    """Run the points of a sweep, with what is in the cache; write their numbers and a figure."""
+    rows = []
+    points = [p for p in SWEEPS[name] if p.get("labels", 0) <= demonstrated(config)]
+    for i, changes in enumerate(points):
+        methods = ("masklam",) if name in ONE_METHOD and i else config.methods
+        run = Run(replace(config, **changes), folder, device, pool)
+        point = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
+        if name == "masks":
+            point += f" (IoU {run.masks[2].get('training', 1.0):.2f})"
+        run.side_by_side("lam", methods)
+        found = run.side_by_side("probe", methods)
+        if name == "labels":
+            run.side_by_side("policy", methods)
+            run.side_by_side("decode", (*methods, "labels-only"))
+            expert, chance = (run.evaluate(n)[0].mean() for n in ("expert", "random"))
+            returns = {n: run.evaluate(n)[0].mean() for n in (*methods, "labels-only")}
+            found = {n: dict(normalized_return=normalized(mean, chance, expert))
+                     for n, mean in returns.items()}
+        for method, row in found.items():
+            numbers = {key: float(row[key]) for key in COLUMNS if key in row}
+            rows.append(dict(point=point, method=method) | numbers)
+            print(f"{point:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
+    with written_whole(folder / f"sweep-{name}.csv") as temporary:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    plot_sweep(rows, folder / f"sweep-{name}.png")
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -1934,6 +1997,10 @@ def check_config(config: Config, given=()):
     check_sizes(config)
     check_task(config)
 
+def demonstrated(config) -> int:
+    """How many transitions the demonstrations have, if none ends early."""
+    return (config.episodes + 1) // 2 * (config.steps - 1)
+
 def check_sizes(config):
     """UserError unless the numbers of a config fit each other."""
     for name, widths in (("idm_widths", config.idm_widths), ("fdm_widths", config.fdm_widths)):
@@ -1944,13 +2011,20 @@ def check_sizes(config):
     if config.masks != "simulator" and config.frame_size % 16:
         raise UserError(f"--frame-size is {config.frame_size}; allowed with --masks "
                         f"{config.masks}: multiples of 16")
-    demonstrated = (config.episodes + 1) // 2 * (config.steps - 1)
-    if config.labels > demonstrated:
-        raise UserError(f"--labels is {config.labels}; allowed: 10 to {demonstrated}, the "
+    if config.labels > demonstrated(config):
+        raise UserError(f"--labels is {config.labels}; allowed: 10 to {demonstrated(config)}, the "
                         "transitions of the demonstrations, half of --episodes times --steps")
     if config.masks != "simulator" and config.keyframes > config.episodes * config.steps:
         raise UserError(f"--keyframes is {config.keyframes}; allowed: 4 to "
                         f"{config.episodes * config.steps}, all frames")
+
+def check_sweep(config, options, given):
+    """UserError for flags that a sweep cannot heed."""
+    if options.seeds or options.until != "report":
+        raise UserError("--sweep takes one --seed and no --until")
+    for changes in SWEEPS[options.sweep]:
+        if set(changes) & set(given):
+            raise UserError(f"{flag(min(changes))} is what --sweep {options.sweep} changes")
 
 def check_task(config):
     """UserError unless the task is an environment whose agent the masks would show."""
@@ -1996,6 +2070,8 @@ def parse(argv):
     parser.add_argument("--seeds", type=int, default=None, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--out", default="runs", help="folder for run folders")
     parser.add_argument("--until", choices=STAGES, default="report", help="the last stage")
+    parser.add_argument("--sweep", choices=SWEEPS, default=None,
+                        help="run the points of SWEEPS with this name: a CSV file and a figure")
     parser.add_argument("--fresh", action="store_true", default=False, help="empty the cache first")
     parser.add_argument("--train-expert", action="store_true", default=False,
                         help="search the task's expert and print its literal")
@@ -2008,6 +2084,8 @@ def parse(argv):
         raise UserError(f"--seeds is {options.seeds}; allowed: 1 to 1000")
     if options.seeds is not None and "seed" in chosen:
         raise UserError("--seed has no effect with --seeds; leave it out")
+    if options.sweep:
+        check_sweep(config, options, chosen)
     if not options.train_expert and config.task not in EXPERTS:
         raise UserError(f"--task {config.task} has no expert: search one with --train-expert, "
                         "and put the entries that it prints into TASKS and EXPERTS")
@@ -2052,7 +2130,10 @@ def run_seeds(config, options, pool):
         folder = Path(options.out) / f"{tag}-{seed}"
         config = replace(config, seed=seed)
         with own_folder(folder, config, options.fresh):
-            result = Run(config, folder, device, pool).execute(options.until)
+            if options.sweep:
+                result = run_sweep(config, options.sweep, folder, device, pool)
+            else:
+                result = Run(config, folder, device, pool).execute(options.until)
         if result:
             results.append(result)
             print(table(result))
@@ -2083,7 +2164,7 @@ def main(argv=None):
         return 0
     except (UserError, OSError) as error:
         message = str(error)
-    except (MemoryError, futures.process.BrokenProcessPool) as error:
+    except (MemoryError, BrokenProcessPool) as error:
         message = f"out of memory ({first_line(error)}): smaller sizes, or fewer --episodes"
     except RuntimeError as error:
         if "alloc" not in str(error):  # how PyTorch says that it has no memory left

@@ -1,13 +1,19 @@
 """Tests of masklam.py against independent references: python -m pytest -q test_masklam.py"""
 
+import base64
 import contextlib
 import errno
 import functools
 import hashlib
 import http.server
+import io
 import json
 import os
+import pickle
 import re
+import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +35,7 @@ import segment_anything
 import torch
 import torch.nn.functional as F
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncoder, Sam,
                                        TwoWayTransformer)
@@ -42,9 +49,17 @@ TINY = replace(SMOKE, episodes=4, heldout_episodes=2, steps=12, lam_updates=12, 
                labels=20)
 
 
-def run(*flags, timeout=150):
+QUICK = shlex.split("--lam-updates 3 --policy-updates 2 --decoder-updates 5")
+
+
+def run(*flags, timeout=300, **settings):
     return subprocess.run([sys.executable, str(HERE / "masklam.py"), *map(str, flags)],
-                          capture_output=True, text=True, timeout=timeout)
+                          capture_output=True, text=True, timeout=timeout, **settings)
+
+
+def flipped(content, place):
+    """Bytes with one of them changed in one bit."""
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1:]
 
 
 def random_video(E=5, T=9, size=8, seed=0):
@@ -66,10 +81,93 @@ def test_script_header_equals_requirements():
     assert listed == (HERE / "requirements.txt").read_text().split()
 
 
-def test_every_config_field_is_a_documented_flag():
-    text = run("--help").stdout
+def test_every_config_field_is_a_flag_documented_with_its_default(capsys):
+    with pytest.raises(SystemExit) as done:
+        masklam.main(["--help"])
+    assert done.value.code == 0
+    text = "".join(capsys.readouterr().out.split())  # argparse breaks lines, at hyphens too
     for f in fields(Config):
-        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"]
+        shown = f"{f.metadata['help']} (default {f.default})"
+        assert "--" + f.name.replace("_", "-") in text and "".join(shown.split()) in text, f.name
+
+
+def test_an_import_does_nothing_but_define_names(tmp_path):
+    """No file, no word, no thread, no process, and nothing random is touched."""
+    program = ("import threading, random, numpy, torch; before = torch.random.get_rng_state();"
+               "import masklam, multiprocessing; assert threading.active_count() == 1;"
+               "assert not multiprocessing.active_children();"
+               "assert torch.equal(before, torch.random.get_rng_state())")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=tmp_path, text=True,
+                          env=os.environ | {"PYTHONPATH": str(HERE)}, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_file_is_read_back_or_named(tmp_path):
+    path = tmp_path / "probe-x-1.pt"
+    masklam.save_torch(path, (torch.arange(3), {"nmse": 0.5}))
+    tensor, numbers = masklam.load_torch(path)
+    assert torch.equal(tensor, torch.arange(3)) and numbers == {"nmse": 0.5}
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    good = path.read_bytes()
+    foreign = io.BytesIO()
+    torch.save({"weights": torch.zeros(3)}, foreign)
+    for place in (0, 31, 32, len(good) // 2, len(good) - 1):
+        path.write_bytes(flipped(good, place))
+        with pytest.raises(masklam.UserError, match="damaged") as error:
+            masklam.load_torch(path)
+        assert str(path) in str(error.value)
+    for bad in (b"", b"<html>", good[:40], good[:-1], good + b"x", foreign.getvalue()):
+        path.write_bytes(bad)
+        with pytest.raises(masklam.UserError, match="damaged"):
+            masklam.load_torch(path)
+    other = tmp_path / "probe-y-1.pt"
+    other.write_bytes(good)
+    with pytest.raises(masklam.UserError, match="copy of probe-x-1.pt") as error:
+        masklam.load_torch(other)
+    assert str(other) in str(error.value)
+
+
+def test_only_damage_is_called_damage(tmp_path, monkeypatch):
+    path = tmp_path / "probe-x-1.pt"
+    masklam.save_torch(path, 1)
+
+    def crowded(_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(masklam.Path, "read_bytes", crowded)
+    with pytest.raises(OSError, match="Too many open files"):
+        masklam.load_torch(path)
+
+
+def test_what_fails_while_it_is_written_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "results.json"
+    masklam.save_json(path, {"nmse": 0.5})
+    with pytest.raises(ZeroDivisionError), masklam.written_whole(path) as temporary:
+        temporary.write_text("half")
+        assert json.loads(path.read_text()) == {"nmse": 0.5}
+        1 / 0
+    with pytest.raises(masklam.UserError):
+        masklam.save_json(path, {"nmse": float("nan")})
+    assert json.loads(path.read_text()) == {"nmse": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_one_flipped_byte_in_an_array_is_named(tmp_path):
+    masklam.record(TINY, tmp_path / "video")
+    masklam.check_arrays(tmp_path / "video")
+    damages = {"frames.npy": lambda content: flipped(content, len(content) // 3),
+               "states.npy": lambda content: flipped(content, len(content) - 1),
+               "masks.npy": lambda content: content[:-1], "rewards.npy": lambda content: b"",
+               "actions.npy": None}
+    for name, damage in damages.items():
+        copy = tmp_path / name.split(".")[0]  # what was checked is not checked again
+        shutil.copytree(tmp_path / "video", copy)
+        path = copy / "heldout" / name
+        path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+        with pytest.raises(masklam.UserError, match="damaged") as error:
+            masklam.check_arrays(copy)
+        assert str(path) in str(error.value)
 
 
 # -- bodies and experts --------------------------------------------------------------------------
@@ -87,21 +185,32 @@ def test_experts_return_what_their_bars_ask_for(task, bar):
 
 @pytest.mark.parametrize("task", [name for name in masklam.TASKS if masklam.TASKS[name].reach])
 def test_a_servo_holds_the_angles_that_an_action_asks_for(task):
-    """In the air, without gravity: every joint settles at q0 + reach a / high."""
-    env, entry = masklam.bare_env(task), masklam.TASKS[task]
+    """In the air, without gravity. `rest` asks for the initial pose; the ends of an action lie
+    2 reach apart, or where the joint ends; nothing is asked for that the joint cannot take."""
+    env, reach = masklam.bare_env(task), masklam.TASKS[task].reach
     model, data, high = env.model, env.data, env.action_space.high
     joints = model.actuator_trnid[:, 0]
+    places, limits = model.jnt_qposadr[joints], model.jnt_range[joints]
     model.opt.gravity[:] = 0
     model.geom_contype[:], model.geom_conaffinity[:] = 0, 0
     model.jnt_stiffness[:] = 0
-    env.reset(seed=0)
-    data.ctrl[:] = 0.2 * high * np.where(np.arange(len(high)) % 2, 1, -1)
-    mujoco.mj_step(model, data, 2000)
-    q = data.qpos[model.jnt_qposadr[joints]]
-    asked = model.qpos0[model.jnt_qposadr[joints]] + entry.reach * data.ctrl / high
-    within = asked.clip(*model.jnt_range[joints].T)
-    np.testing.assert_allclose(q, within, atol=0.03)
-    assert (abs(data.actuator_force) <= model.actuator_forcerange[:, 1] + 1e-9).all()
+
+    def settled(action):
+        env.reset(seed=0)
+        data.ctrl[:] = action
+        mujoco.mj_step(model, data, 2000)
+        assert (abs(data.actuator_force) <= model.actuator_forcerange[:, 1] + 1e-9).all()
+        return data.qpos[places].copy()
+
+    assert (abs(env.rest) <= high).all()
+    pose = model.qpos0[places].clip(*limits.T)  # the ant's is beyond what its ankles can take
+    np.testing.assert_allclose(settled(env.rest), pose, atol=0.03)
+    lowest, middle, highest = (settled(a * high) for a in (-1, 0, 1))
+    span = np.minimum(2 * reach, limits[:, 1] - limits[:, 0])
+    np.testing.assert_allclose(highest - lowest, span, atol=0.06)
+    np.testing.assert_allclose(middle, (lowest + highest) / 2, atol=0.03)
+    assert (lowest >= limits[:, 0] - 0.03).all() and (highest <= limits[:, 1] + 0.03).all()
+    assert (lowest - 0.03 <= pose).all() and (pose <= highest + 0.03).all()
 
 
 @pytest.mark.parametrize("task", masklam.TASKS)
@@ -109,8 +218,8 @@ def test_the_trained_gait_stays_within_the_frame(task, tmp_path):
     config = masklam.Config(task=task, distractor="none")
     env = masklam.make_env(config)
     _, info = env.reset(seed=0)
-    sizes = (64, env.action_dim, len(info["state"]), len(info["distractor"]))
-    masklam.Video.create(tmp_path, 2, config.steps, *sizes)
+    sizes = env.action_dim, len(info["state"]), len(info["distractor"])
+    masklam.Video.create(tmp_path, 2, config.steps, 64, *sizes)
     for i in range(2):
         masklam.record_episode((config, tmp_path, i, i))
     video = masklam.Video.open(tmp_path)
@@ -118,6 +227,11 @@ def test_the_trained_gait_stays_within_the_frame(task, tmp_path):
     border = np.concatenate([masks[:, [0, -1]], masks[..., [0, -1]].swapaxes(1, 2)], 2)
     assert (border >= 128).any((1, 2)).mean() <= 0.01
     assert 0.04 < masks.mean() / 255 < 0.08  # large
+
+
+def test_every_task_has_an_expert_with_a_bar():
+    tested = test_experts_return_what_their_bars_ask_for.pytestmark[0].args[1]
+    assert {task for task, _ in tested} == set(masklam.TASKS) == set(masklam.EXPERTS)
 
 
 def test_the_humanoid_walks():
@@ -142,20 +256,33 @@ def test_a_clock_is_shown_to_the_experts_of_gaits_alone():
     np.testing.assert_allclose(seen[1][45:], [1, 0, *trunk, *[0] * 11], atol=1e-12)
 
 
-def test_every_task_has_an_expert_with_a_bar():
-    tested = test_experts_return_what_their_bars_ask_for.pytestmark[0].args[1]
-    assert {task for task, _ in tested} == set(masklam.TASKS) == set(masklam.EXPERTS)
-
-
 def test_folding_the_whitening_leaves_the_policy_unchanged():
     rng = np.random.default_rng(0)
-    weights, mean, state = rng.normal(size=(3, 5)), rng.normal(size=5), rng.normal(size=5)
+    weights, mean, state = rng.normal(size=(3, 6)), rng.normal(size=5), rng.normal(size=5)
     std = rng.random(5) + 1
     folded = masklam.fold_whitening(weights, mean, std)
-    expected = weights @ ((state - mean) / std)
+    expected = weights[:, 0] + weights[:, 1:] @ ((state - mean) / std)
     np.testing.assert_allclose(masklam.expert_action(folded, state, np.full(3, 99)), expected)
     clipped = masklam.expert_action(folded, state, np.full(3, 0.01))
     assert (clipped == 0.01 * np.sign(expected)).all()
+
+
+def test_a_literal_is_eight_bit_floats_in_base_85():
+    """1 bit of sign, 4 of exponent (bias 7), 3 of fraction: read here by hand."""
+    def decode(byte):
+        sign, exponent, fraction = byte >> 7, byte >> 3 & 15, byte & 7
+        size = (1 + fraction / 8) * 2.0**(exponent - 7) if exponent else fraction / 8 * 2.0**-6
+        return -size if sign else size
+
+    data = bytes(b for b in range(256) if b & 127 != 127)  # the rest is nan
+    literal = base64.b85encode(data).decode()
+    expected = np.array([decode(b) for b in data]).reshape(2, -1)
+    got = masklam.from_literal(literal, 2)
+    assert got.shape == expected.shape and (got == expected).all()
+    assert masklam.to_literal(expected) == literal
+    weights = np.random.default_rng(0).normal(size=(3, 12))
+    again = masklam.from_literal(masklam.to_literal(weights), 3)
+    np.testing.assert_allclose(again, weights, rtol=1 / 16, atol=2.0**-10)
 
 
 def test_expert_search_learns_to_move_forward(monkeypatch):
@@ -221,19 +348,6 @@ def test_renderer_agrees_with_the_simulators_segmentation(task):
         assert (rgb[alpha == 0] == 0).all() and rgb[alpha == 255].mean() > 40
         assert abs(alpha.mean() - truth.mean()) < 0.03 * truth.mean()  # soft alpha has no bias
     assert np.mean(ious) >= 0.94 and min(ious) >= 0.9  # limbs are three pixels wide
-
-
-def test_rays_are_cast_wherever_the_agent_is():
-    """What is skipped shows nothing: the same picture as with rays at every pixel."""
-    env = masklam.state_env("cheetah")
-    env.reset(seed=0)
-    renderer = masklam.AgentRenderer(env.model)
-    for view in ((0, 0, 0, 1), (9, -9, 9, 0.7)):
-        _, alpha, _ = renderer(env.data.qpos, view)
-        everywhere = renderer._cast(renderer.world_rays[:, 0], renderer.colors)
-        inside = everywhere[:, 3].reshape(64, 64) > 0
-        assert masklam.mask_iou(alpha, inside * np.uint8(255)) > 0.9
-        assert (alpha[inside] > 0).all() and (alpha[~inside] < 255).all()
 
 
 def test_the_camera_follows_the_agent_along_the_ground_but_shows_its_jumps():
@@ -305,10 +419,20 @@ def test_equal_seeds_give_equal_frames_and_others_do_not():
     assert (film(3) != film(4)).any(-1).mean() > 0.5
 
 
-def test_splits_share_no_seed():
-    seeds = [masklam.episode_seed(replace(SMOKE, seed=s), split, i) for s in (0, 1)
-             for split in ("training", "heldout", "decorrelated", "evaluate") for i in range(300)]
-    assert len(set(seeds)) == len(seeds)
+def test_splits_share_no_seed_however_many_episodes_are_allowed():
+    most = {f.name: f.metadata["high"] for f in fields(Config)}
+    sizes = dict(training=most["episodes"], heldout=most["heldout_episodes"],
+                 decorrelated=most["heldout_episodes"], evaluate=most["eval_episodes"])
+    spans = []
+    for seed in (0, 1, most["seed"]):
+        for split, size in sizes.items():
+            ends = (masklam.episode_seed(replace(SMOKE, seed=seed), split, i)
+                    for i in (0, 1, size - 1))
+            first, second, last = ends
+            assert second == first + 1 and last == first + size - 1
+            spans.append((first, last))
+    spans.sort()
+    assert all(last < first for (_, last), (first, _) in zip(spans, spans[1:]))
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5, 1.0])
@@ -352,9 +476,41 @@ def test_recorded_episodes_replay_exactly(tmp_path):
         assert abs(masklam.moving_reward(reward, info) - video.rewards[1, t]) < 1e-4
         assert (info["distractor"] == video.distractor[1, t]).all()
     assert abs(video.actions).max() <= 1 and video.demonstration.tolist() == [True, False]
-    modified = os.stat(tmp_path / "training" / "frames.npy").st_mtime
+    modified = os.stat(tmp_path / "training" / "frames.npy").st_mtime_ns
     assert masklam.record(TINY, tmp_path) == 0  # everything is there already
-    assert os.stat(tmp_path / "training" / "frames.npy").st_mtime == modified
+    assert os.stat(tmp_path / "training" / "frames.npy").st_mtime_ns == modified
+
+
+def test_a_recording_goes_on_where_it_was_stopped(tmp_path):
+    masklam.record(TINY, tmp_path / "whole")
+
+    def stopped(function, jobs):
+        for job in jobs[:3]:
+            yield function(job)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        masklam.record(TINY, tmp_path / "stopped", stopped)
+    assert np.count_nonzero(Video.open(tmp_path / "stopped" / "training").length) == 3
+    assert masklam.record(TINY, tmp_path / "stopped") == (8 - 3) * 12
+    whole, resumed = (json.loads((tmp_path / name / "checksums.json").read_text())
+                      for name in ("whole", "stopped"))
+    assert whole == resumed and len(whole) == 3 * len(fields(Video))
+
+
+def test_a_recording_that_does_not_fit_on_the_disk_is_refused_before_it_starts(tmp_path,
+                                                                               monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(masklam.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(masklam.UserError, match="does not fit .* --episodes"):
+        masklam.record(TINY, tmp_path / "video")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recorded_number_that_is_none_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(masklam, "moving_reward", lambda *_: float("nan"))
+    with pytest.raises(masklam.UserError, match="cheetah.* not a number"):
+        masklam.record(TINY, tmp_path / "video")
 
 
 def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
@@ -374,16 +530,18 @@ def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
 
 @pytest.mark.parametrize("rho", [0.0, 0.6])
 def test_the_recorded_background_has_the_correlation_and_speed_that_were_asked_for(rho, tmp_path):
-    config = replace(TINY, episodes=20, steps=40, correlation=rho)
+    """Least squares from actions to velocities explains rho^2 of them, and where the recording is
+    decorrelated nothing."""
+    config = replace(TINY, episodes=16, heldout_episodes=16, steps=30, correlation=rho)
     masklam.record(config, tmp_path)
-    for split, expected in (("training", rho), ("decorrelated", 0.0)):
+    for split, expected in (("training", rho), ("heldout", rho), ("decorrelated", 0.0)):
         video = Video.open(tmp_path / split)
         moves = video.valid[:, 1:]
-        projection, mean = masklam.tied_background(replace(config, correlation=0))
-        drive = (video.actions[:, :-1][moves] - mean) @ projection.T
+        actions = np.c_[video.actions[:, :-1][moves], np.ones(moves.sum())]
         velocity = video.distractor[:, :-1][moves]
-        correlation = [np.corrcoef(d, v)[0, 1] for d, v in zip(drive.T, velocity.T)]
-        assert np.mean(correlation) == pytest.approx(expected, abs=0.15)
+        fit = actions @ np.linalg.lstsq(actions, velocity, rcond=None)[0]
+        explained = 1 - ((velocity - fit) ** 2).sum(0) / ((velocity - velocity.mean(0)) ** 2).sum(0)
+        assert explained.mean() == pytest.approx(expected**2, abs=0.07), split
         assert velocity.std() == pytest.approx(masklam.Backdrop.SPEED, rel=0.2)
 
 
@@ -392,20 +550,27 @@ def test_windows_equal_a_naive_loop_at_every_episode_edge():
     windows = Windows(video)
     expected = [(e, t) for e in range(5) for t in range(video.length[e] - 1)]
     assert list(zip(windows.e, windows.t)) == expected
+    chosen = np.arange(len(windows))
     for k in (1, 2, 3, 10):
-        obs, future_obs, next_obs, mask = windows.batch(np.arange(len(windows)), k)
+        stacks, next_obs, mask = windows.batch(chosen, k)
         for i, (e, t) in enumerate(expected):
             last = video.length[e] - 1
             reach = min(k, last - t)
             wanted = [max(t + d, 0) for d in (-2, -1, 0)] + [
-                max(t + reach + d, 0) for d in (-2, -1, 0)] + [t + 1]
-            got = torch.cat([obs[i], future_obs[i]]).numpy()
-            assert (got == [video.frames[e, s] for s in wanted[:6]]).all()
+                max(t + reach + d, 0) for d in (-2, -1, 0)]
+            assert (stacks[i].numpy() == [video.frames[e, s] for s in wanted]).all()
             target = video.frames[e, t + 1].transpose(2, 0, 1) / 255 - 0.5
             np.testing.assert_allclose(next_obs[i], target, atol=1e-6)
             np.testing.assert_allclose(mask[i, 0], video.masks[e, t + 1] / 255, atol=1e-6)
-    assert torch.equal(windows.obs(np.arange(len(windows))), obs)
+        assert torch.equal(windows.seen(chosen), stacks[:, :3])
+        assert torch.equal(windows.seen(chosen, 6, k), stacks)
+    each = np.arange(len(windows)) % 3 + 1  # an offset for every window of the batch
+    mixed = windows.batch(chosen, each)[0]
+    assert all(torch.equal(mixed[i], windows.batch(chosen[i:i + 1], k)[0][0])
+               for i, k in enumerate(each))
     assert set(windows.e[windows.demonstrations()]) == {0, 4}  # two has one frame
+    assert (windows.actions(chosen[3:5]) == [video.actions[0, 3], video.actions[0, 4]]).all()
+    assert torch.equal(windows.labels(chosen), torch.from_numpy(windows.actions()))
 
 
 def test_folded_frames_are_the_frames_in_other_order():
@@ -426,15 +591,13 @@ def test_a_mask_input_is_the_fourth_channel_of_every_frame_that_is_seen():
     video = random_video()
     plain, windows = Windows(video), Windows(video, mask_input=True)
     chosen = np.arange(len(windows))
-    obs, future_obs, next_obs, mask = windows.batch(chosen, 2)
-    for seen, frames, first in ((obs, plain.batch(chosen, 2)[0], 0),
-                                (future_obs, plain.batch(chosen, 2)[1], 3)):
-        assert torch.equal(seen[..., :3], frames)
-        index = torch.from_numpy(windows.index(chosen, 2))[:, first:first + 3]
-        assert torch.equal(seen[..., 3], windows.masks[index])
-    assert torch.equal(next_obs, plain.batch(chosen, 2)[2])
-    assert torch.equal(mask, plain.batch(chosen, 2)[3])
-    assert torch.equal(windows.obs(chosen), obs)
+    stacks, next_obs, mask = windows.batch(chosen, 2)
+    without, same_obs, same_mask = plain.batch(chosen, 2)
+    assert torch.equal(stacks[..., :3], without)
+    index = windows.index(chosen, 2)[:, :6]
+    assert (stacks[..., 3].numpy() == video.masks.reshape(-1, 8, 8)[index]).all()
+    assert torch.equal(next_obs, same_obs) and torch.equal(mask, same_mask)
+    assert torch.equal(windows.seen(chosen), stacks[:, :3])
 
 
 # -- masks -----------------------------------------------------------------------------------------
@@ -526,18 +689,18 @@ def small_registry(monkeypatch):
 def test_sam_finds_the_agent_on_unseen_backgrounds(fitted_sam, small_registry, tmp_path):
     frames, truth = agent_frames(range(500, 506))
     predictor = masklam.load_sam("vit_b", str(fitted_sam), "cpu")
-    candidates, scores = masklam.segment(predictor, frames, (), tmp_path / "partial")
+    candidates, scores = masklam.segment(predictor, frames, checkpoint=tmp_path / "partial")
     assert candidates.shape == (36, 3, 64, 64) and scores.shape == (36, 3)
     chosen = candidates[np.arange(36), masklam.choose_masks(candidates, scores)]
     iou = masklam.mask_iou(chosen * np.uint8(255), truth)
     assert iou >= 0.7, iou
     predictor.model.image_encoder = None  # what is done is not done again
-    again, _ = masklam.segment(predictor, frames, (), tmp_path / "partial")
+    again, _ = masklam.segment(predictor, frames, checkpoint=tmp_path / "partial")
     assert (again == candidates).all()
 
 
-def test_prompts_are_points_on_and_off_the_agent():
-    seen = {}
+def test_sam_is_prompted_with_points_or_with_where_the_camera_shows_the_agent():
+    seen = []
 
     class Predictor:
         transform, device, features = SamPredictor(small_sam()).transform, torch.device("cpu"), None
@@ -546,13 +709,16 @@ def test_prompts_are_points_on_and_off_the_agent():
             self.features = torch.zeros(1, 64, 16, 16)
 
         def predict(self, points, labels, box):
-            seen.update(points=points.tolist(), labels=labels.tolist(), box=box)
+            seen.append((np.array(points).tolist(), np.array(labels).tolist(), box))
             return np.zeros((3, 64, 64), bool), np.zeros(3, np.float32), None
 
-    masklam.segment(Predictor(), np.zeros((1, 64, 64, 3), np.uint8), ("3,40", "-12,30"))
-    assert seen == dict(points=[[3, 40], [12, 30]], labels=[1, 0], box=None)
-    config, _ = masklam.parse(["--prompt", "3,40", "--prompt", "-12,30"])
-    assert config.prompt == ("3,40", "-12,30")
+    frames = np.zeros((1, 64, 64, 3), np.uint8)
+    masklam.segment(Predictor(), frames, [(3, 40), (12, 30)], [1, 0])
+    masklam.segment(Predictor(), frames)
+    assert seen[0] == ([[3, 40], [12, 30]], [1, 0], None)
+    (((x, y),), labels, (left, top, right, bottom)) = seen[1]
+    assert labels == [1] and left < x < right and top < y < bottom
+    assert 20 < x < 44 and 20 < y < 44 and (right - left) * (bottom - top) > 0.5 * 64**2
 
 
 def test_the_candidate_that_resembles_the_other_keyframes_is_chosen():
@@ -567,7 +733,7 @@ def test_the_candidate_that_resembles_the_other_keyframes_is_chosen():
     assert (masklam.choose_masks(candidates, predicted) == 0).all()
 
 
-def damaged(path, tmp_path, kind):
+def damaged_checkpoint(path, tmp_path, kind):
     bad = tmp_path / f"{kind}.pth"
     if kind == "architecture":
         torch.save(small_sam(width=64).state_dict(), bad)
@@ -579,7 +745,7 @@ def damaged(path, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["architecture", "truncated", "html", "missing"])
 def test_a_file_that_is_no_checkpoint_gets_one_line(kind, fitted_sam, small_registry, tmp_path):
-    bad = damaged(fitted_sam, tmp_path, kind)
+    bad = damaged_checkpoint(fitted_sam, tmp_path, kind)
     with pytest.raises(masklam.UserError, match="no checkpoint of vit_b") as error:
         masklam.load_sam("vit_b", str(bad), "cpu")
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
@@ -645,7 +811,7 @@ def test_a_student_learns_from_keyframes_to_mask_unseen_backgrounds():
 
 def test_a_student_that_sees_no_agent_is_an_error(monkeypatch):
     student = masklam.Student()
-    torch.nn.init.constant_(student.head.bias, -100)
+    torch.nn.init.constant_(list(student.parameters())[-1], -100)  # the last bias
     monkeypatch.setattr(masklam, "train_student", lambda *_: student)
     config = replace(SMOKE, masks="student", keyframes=4)
     with pytest.raises(masklam.UserError, match="student"):
@@ -689,27 +855,27 @@ def test_paper_preset_has_the_authors_network_sizes():
         return total
 
     config = Config(**PRESETS["paper"])
-    idm, fdm = masklam.make_lam(config, 0)
+    idm, fdm = masklam.make_networks(config, "masklam").values()
     count = lambda module: sum(p.numel() for p in module.parameters())
     x4, x6 = (64, 128, 128), (96, 192, 192)
     assert count(idm) == encoder(18, x4) + (128 * 64 + 1) * 128
     decoder = sum(4 * conv(w, w, 3) + conv(w, below, 3)
                   for w, below in ((192, 192), (192, 96), (96, 96))) + conv(96, 3, 3)
     assert count(fdm) == encoder(9, x6) + 129 * 192 * 64 + conv(384, 192, 1) + decoder
-    obs = torch.zeros(2, 3, 64, 64, 3, dtype=torch.uint8)
-    assert idm(obs, obs).shape == (2, 128)
-    prediction = fdm(obs, torch.zeros(2, 128))
+    stacks = torch.zeros(2, 6, 64, 64, 3, dtype=torch.uint8)
+    assert idm(stacks).shape == (2, 128)
+    prediction = fdm(stacks[:, :3], torch.zeros(2, 128))
     assert prediction.shape == (2, 3, 64, 64) and abs(prediction).max() <= 0.5
 
 
 def test_the_laptops_networks_move_pixels_and_hidden_adds_a_layer():
     config = Config()
-    idm, fdm = masklam.make_lam(config, 0)
+    idm, fdm = masklam.make_networks(config, "masklam").values()
     assert [type(layer) for layer in idm.head] == [torch.nn.Linear, torch.nn.ReLU, torch.nn.Linear]
     obs = torch.randint(0, 256, (1, 3, 64, 64, 3), dtype=torch.uint8)
     z = torch.zeros(1, config.latent_dim)
     still = fdm(obs, z)
-    assert idm(obs, obs).shape == (1, 32) and still.shape == (1, 3, 64, 64)
+    assert idm(torch.cat([obs, obs], 1)).shape == (1, 32) and still.shape == (1, 3, 64, 64)
     other = obs.clone()
     other[0, :, 30, 30] = 255 - other[0, :, 30, 30]
     reach = torch.nonzero((fdm(other, z) != still)[0].any(0))
@@ -721,42 +887,158 @@ def tiny_windows():
     return Windows(random_video(E=5, T=9, size=32))
 
 
-def test_lapo_is_masklam_with_background_weight_one(tmp_path):
-    config = replace(TINY, frame_size=32)
-    a = masklam.train_lam(config, tiny_windows(), 1.0)
-    b = masklam.train_lam(config, tiny_windows(), 1.0, "masklam")
-    assert all(torch.equal(x, y) for x, y in zip(a[0].parameters(), b[0].parameters()))
-    c = masklam.train_lam(config, tiny_windows(), 0.0)
-    assert not all(torch.equal(x, y) for x, y in zip(a[0].parameters(), c[0].parameters()))
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-def test_resumed_training_equals_uninterrupted(tmp_path, monkeypatch):
-    config = replace(TINY, frame_size=32)
-    whole = masklam.train_lam(config, tiny_windows(), 0.0)
+def handed_to_train(monkeypatch, config, windows, method):
+    """The networks, loss, updates and learning rate that train_lam trains a method with."""
+    got = []
+    with monkeypatch.context() as patch:
+        patch.setattr(masklam, "train", lambda *given, **_: got.append(given))
+        masklam.train_lam(config, windows, method)
+    networks, loss, updates, lr, *_ = got[0]
+    return networks, loss, updates, lr
+
+
+def gradients(networks, loss):
+    networks.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in networks.parameters()]
+
+
+@pytest.mark.parametrize("offset", [1, 4])
+def test_lapo_and_masklam_differ_in_nothing_but_the_weight(offset, monkeypatch):
+    """The same networks and batches; the gradients are those of the loss written out, with weight
+    1 for lapo and with the mask's for masklam."""
+    config = replace(TINY, frame_size=32, offset=offset, background_weight=0.3)
+    windows = tiny_windows()
+    lapo, ours = (handed_to_train(monkeypatch, config, windows, name)
+                  for name in ("lapo", "masklam"))
+    plain = handed_to_train(monkeypatch, replace(config, background_weight=1.0), windows, "masklam")
+    for other in (ours, plain):
+        assert other[2:] == lapo[2:] == (config.lam_updates, config.lam_lr)
+        assert other[0].state_dict().keys() == lapo[0].state_dict().keys()
+        assert all(map(torch.equal, other[0].parameters(), lapo[0].parameters()))
+
+    drawn, batch = [], windows.batch
+    monkeypatch.setattr(windows, "batch", lambda *given: drawn.append(given) or batch(*given))
+    for step in (0, 7):
+        got = [gradients(networks, loss(step)) for networks, loss, *_ in (lapo, ours, plain)]
+        assert all(map(torch.equal, got[0], got[2]))
+        assert not any(map(torch.equal, got[0], got[1]))
+        chosen, k = drawn[-1]
+        assert len(chosen) == config.batch_size and 1 <= k.min() <= k.max() <= offset
+        for given in drawn[-3:]:
+            np.testing.assert_array_equal(given, (chosen, k))
+        stacks, next_obs, mask = batch(chosen, k)
+        networks = lapo[0]
+        for expected, background in ((got[0], 1.0), (got[1], 0.3)):
+            with masklam.autocast("cpu"):
+                prediction = networks["fdm"](stacks[:, :3], networks["idm"](stacks)).float()
+            weight = torch.where(mask > 0, mask + background * (1 - mask), background)
+            weight = weight.expand_as(prediction)
+            loss = (weight * (prediction - next_obs) ** 2).sum() / weight.sum()
+            for a, b in zip(gradients(networks, loss), expected):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("name, frames", [("past-only", 3), ("supervised-idm", 6)])
+def test_a_reference_regresses_true_actions_on_the_frames_it_may_see(name, frames, monkeypatch):
+    config, windows = replace(TINY, frame_size=32), tiny_windows()
+    networks, loss, _, lr = handed_to_train(monkeypatch, config, windows, name)
+    drawn, seen = [], windows.seen
+    monkeypatch.setattr(windows, "seen", lambda *given: drawn.append(given[0]) or seen(*given))
+    got = loss(3)
+    (chosen,) = drawn
+    shown = windows.batch(chosen)[0][:, :frames]
+    with masklam.autocast("cpu"):
+        z = networks["idm"](shown)
+        read = networks["head"](z).float()
+    true = torch.from_numpy(windows.video.actions[windows.e[chosen], windows.t[chosen]])
+    torch.testing.assert_close(got, ((read - true) ** 2).mean())
+    assert lr == config.lam_lr and z.shape == (config.batch_size, config.latent_dim)
+
+
+def test_methods_learn_from_video_that_is_known_by_frames_and_masks_alone():
+    config, video = replace(TINY, frame_size=32, lam_updates=3), random_video(size=32)
+    own = Video(video.frames, video.masks, video.length)
+    for method in ("lapo", "masklam", "laom"):
+        a, _ = masklam.train_lam(config, Windows(video), method)
+        b, _ = masklam.train_lam(config, Windows(own), method)
+        assert torch.equal(weights(a), weights(b))
+
+
+def test_laom_labels_sees_no_other_label():
+    config, labelled = replace(TINY, frame_size=32, lam_updates=3), np.arange(0, 18, 3)
+    windows, learnt = tiny_windows(), []
+    hidden = np.setdiff1d(np.arange(len(windows)), labelled)
+    for rows, value in ((hidden, 0.0), (hidden, np.nan), (labelled, 1.0)):
+        actions = windows.video.actions.copy()
+        actions[windows.e[rows], windows.t[rows]] = value
+        other = Windows(replace(windows.video, actions=actions, intended=None))
+        networks, _ = masklam.train_lam(config, other, "laom-labels", labelled)
+        learnt.append(weights(networks))
+    assert learnt[1].isfinite().all() and torch.equal(learnt[0], learnt[1])
+    assert not torch.equal(learnt[0], learnt[2])
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(windows, batches):
+    """Windows that are killed when that many batches have been drawn."""
+    draw, left = windows.index, [batches]
+
+    def index(*given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+        return draw(*given)
+
+    windows.index = index
+    return windows
+
+
+@pytest.mark.parametrize("method, batches", [("masklam", 1), ("masklam", 11), ("laom", 7)])
+def test_resumed_training_equals_uninterrupted(method, batches, tmp_path, monkeypatch):
+    config, path = replace(TINY, frame_size=32), tmp_path / "checkpoint"
+    whole, history = masklam.train_lam(config, tiny_windows(), method)
     clock = iter(range(0, 10**6, 40))  # every step is half a minute later: saves each time
     monkeypatch.setattr(masklam.time, "monotonic", lambda: next(clock))
-
-    class Killed(Exception):
-        pass
-
-    def kill(idm, calls=[]):
-        calls.append(1)
-        if len(calls) == 7:
-            raise Killed
-        return 0.0
-
     with pytest.raises(Killed):
-        masklam.train_lam(config, tiny_windows(), 0.0, "lam", kill, tmp_path / "checkpoint")
-    assert (tmp_path / "checkpoint").exists()
-    resumed = masklam.train_lam(config, tiny_windows(), 0.0, "lam", None, tmp_path / "checkpoint")
-    assert all(torch.equal(x, y) for x, y in zip(whole[0].parameters(), resumed[0].parameters()))
-    assert [h[:2] for h in whole[2]] == [h[:2] for h in resumed[2]]
+        masklam.train_lam(config, killed_at(tiny_windows(), batches), method, checkpoint=path)
+    assert path.exists()
+    rest = killed_at(tiny_windows(), TINY.lam_updates - batches)  # and not a batch more
+    resumed, again = masklam.train_lam(config, rest, method, checkpoint=path)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert [row[:2] for row in history] == [row[:2] for row in again] and len(history) >= 10
+
+
+def test_training_warms_up_decays_and_reports_what_it_did():
+    """Against AdamW written out for one weight, whose gradient clips to 1."""
+    network, rates = torch.nn.Linear(1, 1, bias=False), []
+    start = float(network.weight.detach())
+
+    def loss(step):
+        return 5 * network.weight.sum() + step
+
+    history = masklam.train(network, loss, 40, 0.1, "lapo", report=lambda step: 2 * step)
+    weight = start
+    for step in range(40):
+        rates.append(0.1 * min(1, (step + 1) / 3) * (1 + np.cos(np.pi * step / 40)) / 2)
+        weight -= rates[-1] * (0.01 * weight + 1)  # Adam's step on a constant gradient is 1
+    assert float(network.weight.detach()) == pytest.approx(weight, rel=1e-4)
+    assert [row[0] for row in history] == list(range(4, 41, 4))
+    assert [row[2] for row in history] == list(range(8, 81, 8))
+    assert history[0][1] == pytest.approx(5 * start + 1.5, abs=5 * 0.2)  # steps 0 to 3
 
 
 def test_a_loss_that_is_not_finite_is_an_error():
     weight = torch.nn.Linear(1, 1)
     with pytest.raises(masklam.UserError, match="the loss of lapo is nan"):
-        masklam.train([weight], lambda step: weight.weight.sum() / 0 * 0, 20, 1e-3, "lapo")
+        masklam.train(weight, lambda step: weight.weight.sum() / 0 * 0, 20, 1e-3, "lapo")
 
 
 def test_a_scarce_latent_goes_to_the_agent_with_the_mask_and_to_the_background_without():
@@ -777,10 +1059,11 @@ def test_a_scarce_latent_goes_to_the_agent_with_the_mask_and_to_the_background_w
                for part in parts]
     config = replace(TINY, frame_size=16, latent_dim=1, lam_updates=150, batch_size=64, lam_lr=3e-3)
     got = {}
-    for method, weight in (("lapo", 1.0), ("masklam", 0.0)):
-        idm, _, history = masklam.train_lam(config, windows[0], weight)
+    for method in ("lapo", "masklam"):
+        networks, history = masklam.train_lam(config, windows[0], method)
         assert history[-1][1] < 0.5 * history[0][1]
-        got[method] = masklam.probe(functools.partial(masklam.latents, idm), *windows)
+        read = functools.partial(masklam.latents, networks["idm"])
+        got[method] = masklam.probe(read, *windows)
     assert got["masklam"]["probe_nmse"] < 0.2 and got["masklam"]["leakage_r2"] < 0.1
     assert got["lapo"]["probe_nmse"] > 0.8 and got["lapo"]["leakage_r2"] > 0.5
 
@@ -855,19 +1138,49 @@ PAINTED = replace(TINY, frame_size=32, policy_updates=300, decoder_updates=300, 
 class PaintedIDM(torch.nn.Module):
     """Knows the action that is painted, turned, and on a scale of its own."""
 
-    def forward(self, obs, future_obs):
-        seen = torch.stack([obs[:, -1, 0, 0, 0], obs[:, -1, -1, 0, 0]], 1) / 255 - 0.5
+    frames = 6
+
+    def forward(self, stacks):
+        seen = torch.stack([stacks[:, 2, 0, 0, 0], stacks[:, 2, -1, 0, 0]], 1) / 255 - 0.5
         return 1e-3 * seen @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+
+
+def cloned_and_decoded(config, windows, labelled):
+    """The policy of PaintedIDM: latent targets, a clone of them, a decoder of the clone's."""
+    targets = masklam.latent_targets(PaintedIDM(), windows)
+    policy, _ = masklam.clone(config, windows, targets, "clone")
+    return masklam.decode(config, policy, windows, labelled, "decode")[0]
 
 
 def test_cloning_and_decoding_recover_a_visible_action():
     windows = painted_windows()
     config = replace(PAINTED, latent_dim=2)
-    labelled = masklam.labelled_windows(config, windows)
-    policy = masklam.latent_policy(config, PaintedIDM(), windows, labelled)
+    policy = cloned_and_decoded(config, windows, masklam.labelled_windows(config, windows))
     with torch.no_grad():
-        got = policy(windows.obs(np.arange(len(windows)))).numpy()
+        got = policy(windows.seen(np.arange(len(windows)))).numpy()
     assert masklam.nmse(got, windows.actions()).mean() < 0.05
+
+
+def test_latents_are_an_idms_of_the_windows_in_their_order():
+    windows = painted_windows()
+    chosen = np.random.default_rng(0).permutation(len(windows))[:300].repeat(4)  # several batches
+    got = masklam.latents(PaintedIDM(), windows, chosen)
+    painted = windows.video.frames[windows.e[chosen], windows.t[chosen]][:, [0, -1], 0, 0] / 255
+    expected = 1e-3 * (painted - 0.5) @ [[0.6, 0.8], [-0.8, 0.6]]
+    np.testing.assert_allclose(got, expected, rtol=2e-2, atol=1e-5)  # bfloat16 on some CPUs
+
+
+def test_targets_of_cloning_are_the_demonstrations_latents_at_unit_variance():
+    windows = painted_windows()
+    rows = windows.demonstrations()
+    targets = masklam.latent_targets(PaintedIDM(), windows)
+    assert (windows.e[rows] % 2 == 0).all() and len(rows) == len(windows) // 2
+    z = masklam.latents(PaintedIDM(), windows, rows)
+    np.testing.assert_allclose(targets[rows].std(0), 1, atol=0.02)
+    np.testing.assert_allclose(targets[rows].mean(0), 0, atol=0.02)
+    for a, b in zip(targets[rows].T, z.T):
+        assert np.corrcoef(a, b)[0, 1] > 0.9999
+    assert (np.delete(targets, rows, 0) == 0).all()
 
 
 def test_labels_are_whole_demonstrations_drawn_at_random():
@@ -881,20 +1194,41 @@ def test_labels_are_whole_demonstrations_drawn_at_random():
 
 
 def test_decoder_and_labels_only_see_no_other_label():
+    """What they may not see is nan; and what they may see matters."""
     windows = painted_windows()
-    labelled = masklam.labelled_windows(PAINTED, windows)
+    config = replace(PAINTED, latent_dim=2, policy_updates=20, decoder_updates=20)
+    labelled = masklam.labelled_windows(config, windows)
     hidden = np.setdiff1d(np.arange(len(windows)), labelled)
-    policies = {}
-    for secret in (False, True):
-        windows.video.actions = windows.video.actions.copy()
-        if secret:
-            windows.video.actions[windows.e[hidden], windows.t[hidden]] = np.nan
-        config = replace(PAINTED, latent_dim=2)
-        policies[secret] = (masklam.latent_policy(config, PaintedIDM(), windows, labelled),
-                            masklam.clone_labels(PAINTED, windows, labelled))
-    for open_policy, blind in zip(policies[False], policies[True]):
-        for a, b in zip(open_policy.parameters(), blind.parameters()):
-            assert torch.equal(a, b) and a.isfinite().all()
+
+    def learn(rows, value):
+        """Weights of both, where the actions of some rows are another value."""
+        actions = windows.video.actions.copy()
+        actions[windows.e[rows], windows.t[rows]] = value
+        other = Windows(replace(windows.video, actions=actions, intended=actions * np.nan))
+        policies = (cloned_and_decoded(config, other, labelled),
+                    masklam.clone_labels(config, other, labelled)[0])
+        return [weights(policy) for policy in policies]
+
+    seen, blind, changed = learn(hidden, 0.0), learn(hidden, np.nan), learn(labelled[:9], 0.5)
+    for a, b, c in zip(seen, blind, changed):
+        assert a.isfinite().all() and torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_the_oracle_and_cloning_learn_from_demonstrations_alone():
+    windows = painted_windows()
+    config, rows = replace(PAINTED, policy_updates=20), windows.demonstrations()
+    targets = windows.actions()
+    others = np.setdiff1d(np.arange(len(windows)), rows)
+
+    def learn(chosen, value):
+        changed = targets.copy()
+        changed[chosen] = value
+        policy, _ = masklam.clone(config, windows, changed, "oracle")
+        return weights(policy)
+
+    expected = learn(others, 0.0)
+    assert expected.isfinite().all() and torch.equal(learn(others, np.nan), expected)
+    assert not torch.equal(learn(rows[:200], 0.0), expected)
 
 
 def test_few_labels_are_learnt_from_no_longer_than_serves_the_unseen():
@@ -902,17 +1236,237 @@ def test_few_labels_are_learnt_from_no_longer_than_serves_the_unseen():
     rng = np.random.default_rng(0)
     inputs = torch.randn(100, 8)
     targets = rng.standard_normal((100, 2)).astype(np.float32)
-    build = lambda: torch.nn.Sequential(torch.nn.Linear(8, 256), torch.nn.ReLU(),
-                                        torch.nn.Linear(256, 2))
-    config = replace(TINY, batch_size=64)
-    network = masklam.regress_few(config, build, lambda b: inputs[torch.from_numpy(b)], targets,
-                                  np.arange(100), 1000, 1e-3, "few")
+    network = torch.nn.Sequential(torch.nn.Linear(8, 256), torch.nn.ReLU(),
+                                  torch.nn.Linear(256, 2))
+    config = replace(TINY, batch_size=64, decoder_updates=1000)
+    network, _ = masklam.regress_few(config, network, lambda b: inputs[torch.from_numpy(b)],
+                                     targets, np.arange(100), 1e-3, "few")
     with torch.no_grad():
         learnt = masklam.nmse(network(inputs).numpy(), targets).mean()
     assert learnt > 0.3  # a thousand updates would know them by heart
 
 
-# -- pipeline --------------------------------------------------------------------------------------
+# -- evaluation ------------------------------------------------------------------------------------
+
+
+class PixelPolicy(torch.nn.Module):
+    """Actions that every byte of the stack, and its place, matter to; whole numbers, so that a
+    batch gives exactly what its members give."""
+
+    def __init__(self, actions):
+        super().__init__()
+        self.actions = actions
+
+    def forward(self, obs):
+        flat = obs.long().flatten(1)
+        places = torch.arange(1, flat.shape[1] + 1)
+        sums = [(flat * (places * (17 + a) % 251)).sum(1) for a in range(self.actions)]
+        return torch.stack(sums, 1) % 2001 / 1000 - 1
+
+
+def naive_rollout(config, policy, seed):
+    """One episode, frame by frame -> its return and what was seen."""
+    env = masklam.make_env(config)
+    frame, info = env.reset(seed=seed)
+    frames, total = [], 0.0
+    for _ in range(config.eval_steps):
+        seen = [frame, info["mask"][..., None]] if config.mask_input else [frame]
+        frames.append(np.concatenate(seen, -1))
+        stack = [frames[max(len(frames) - back, 0)] for back in (3, 2, 1)]
+        action = policy(torch.from_numpy(np.stack(stack))[None])[0].numpy()
+        frame, reward, terminated, _, info = env.step(action * env.action_space.high)
+        total += reward - info.get("reward_survive", 0)
+        if terminated:
+            break
+    return total, np.stack(frames)
+
+
+@pytest.mark.parametrize("mask_input", [False, True])
+def test_rollout_equals_a_naive_loop_of_episodes_that_end_early(mask_input):
+    config = replace(SMOKE, task="hopper", eval_steps=60, mask_input=mask_input)
+    policy, seeds = PixelPolicy(3), [5, 6, 7, 8]
+    returns, film = masklam.rollout((config, pickle.dumps((policy, None)), seeds))
+    expected = [naive_rollout(config, policy, seed) for seed in seeds]
+    lengths = [len(frames) for _, frames in expected]
+    assert min(lengths) < config.eval_steps and len(set(lengths)) > 1
+    np.testing.assert_allclose(returns, [total for total, _ in expected], rtol=1e-9)
+    assert film.dtype == np.uint8 and (film == expected[0][1][..., :3]).all()
+    assert len(film) == lengths[0]
+
+
+class Replay(torch.nn.Module):
+    """Actions (n, t, A), whatever it sees."""
+
+    def __init__(self, actions):
+        super().__init__()
+        self.actions, self.t = actions, 0
+
+    def forward(self, obs):
+        assert obs.shape[:2] == (len(self.actions), 3)
+        self.t += 1
+        return self.actions[:, self.t - 1]
+
+
+@pytest.mark.parametrize("task", ["cheetah", "swimmer", "walker"])
+def test_a_policy_that_replays_the_experts_actions_earns_what_the_expert_earns(task):
+    config = replace(SMOKE, task=task, eval_episodes=3, eval_steps=50)
+    expert, actions = masklam.load_expert(task), torch.zeros(3, 50, len(masklam.load_expert(task)))
+    for i in range(3):
+        seed = masklam.episode_seed(config, "evaluate", i)
+        done = masklam.state_rollout((task, expert, seed, 50, 0, 0))[1]
+        actions[i, :len(done)] = torch.from_numpy(done)
+    returns, film = masklam.evaluate(config, Replay(actions), "replay")
+    earned, chance = (masklam.evaluate_state_policy(config, n) for n in ("expert", "random"))
+    np.testing.assert_allclose(returns, earned, rtol=0.01, atol=0.5)
+    assert abs(returns - chance).mean() > 20 * abs(returns - earned).mean()
+    assert film.shape[1:] == (64, 64, 3) and len(np.unique(film[:, 20:40], axis=0)) == len(film)
+
+
+def test_evaluation_splits_episodes_among_jobs_and_keeps_their_order():
+    config, jobs = replace(SMOKE, eval_episodes=12), []
+
+    def pmap(function, given):
+        assert function is masklam.rollout
+        for _, pickled, seeds in given:
+            jobs.append(seeds)
+            yield np.array(seeds, float), np.full((1, 1, 1, 3), len(jobs), np.uint8)
+
+    returns, film = masklam.evaluate(config, PixelPolicy(6), "x", pmap=pmap)
+    expected = [masklam.episode_seed(config, "evaluate", i) for i in range(12)]
+    assert returns.tolist() == expected == sum(jobs, []) and len(jobs) > 1
+    assert (film == 1).all()
+
+
+# -- report ----------------------------------------------------------------------------------------
+
+
+def some_results():
+    rng = np.random.default_rng(0)
+    probed = ["probe_nmse", "probe_nmse_noise", "probe_nmse_decorrelated", "leakage_r2"]
+    returned = ["return_mean", "return_std", "normalized_return"]
+    number = lambda key: float(rng.uniform(0.1, 0.9)) * (100 if key.startswith("return") else 1)
+    rows = {name: {key: number(key) for key in probed + returned} | dict(labels=50 + i)
+            for i, name in enumerate(("lapo", "masklam"))}
+    rows |= {name: {key: number(key) for key in returned} | dict(labels=80 + i)
+             for i, name in enumerate(masklam.CLONES)}
+    rows |= {name: {key: number(key) for key in probed} for name in masklam.REFERENCES}
+    return dict(task="cheetah", methods=rows, expert_return=312.4, random_return=-1.25,
+                noise_share=0.6)
+
+
+def test_the_table_has_every_number_under_its_title():
+    results = some_results()
+    header, *lines = masklam.table(results).splitlines()
+    names = [*results["methods"], "expert", "random"]
+    cells = lambda line: [line[at:at + 11].strip() for at in range(16, 16 + 8 * 11, 11)]
+    assert cells(header) == ["NMSE", "of noise", "rho = 0", "leakage", "return", "+-",
+                             "normalised", "labels"]
+    assert [line[:16].strip() for line in lines[:len(names)]] == names
+    keys = ["probe_nmse", "probe_nmse_noise", "probe_nmse_decorrelated", "leakage_r2",
+            "return_mean", "return_std", "normalized_return", "labels"]
+    for line, row in zip(lines, results["methods"].values()):
+        for cell, key in zip(cells(line), keys):
+            assert (cell == "") == (key not in row)
+            if cell:
+                assert float(cell) == pytest.approx(row[key], abs=0.5 if row[key] > 10 else 0.005)
+    assert cells(lines[len(names) - 2])[4] == "312" and cells(lines[len(names) - 1])[4] == "-1.25"
+    assert "0.60" in lines[-1]
+
+
+def test_normalised_returns_are_0_for_chance_and_1_for_the_expert():
+    assert masklam.normalized(-2.0, -2.0, 6.0) == 0 and masklam.normalized(6.0, -2.0, 6.0) == 1
+    assert masklam.normalized(0.0, -2.0, 6.0) == 0.25
+    with pytest.raises(masklam.UserError, match="expert"):
+        masklam.normalized(1.0, 3.0, 3.0)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that would have been saved."""
+    saved = []
+    monkeypatch.setattr(masklam, "save_figure", lambda figure, path: saved.append(figure))
+    return saved
+
+
+def test_the_summary_shows_a_bar_for_every_number_and_what_was_predicted(figures, tmp_path):
+    results, rng = some_results(), np.random.default_rng(1)
+    picture = lambda *shape: rng.integers(0, 256, (8, 8, *shape), np.uint8)
+    predictions = {n: (picture(3), picture(3), picture()) for n in ("lapo", "masklam")}
+    masklam.plot_summary(results, predictions, tmp_path / "summary.png")
+    (figure,) = figures
+    panels, rest, shown = figure.axes[:4], figure.axes[4:], {}
+    titles = [panel.get_title() for panel in panels]
+    for key, words in dict(probe_nmse="probe NMSE of the action", return_mean="return",
+                           probe_nmse_noise="no past frame", leakage_r2="background").items():
+        (panel,) = [p for p, title in zip(panels, titles) if words in title]
+        expected = {name: row[key] for name, row in results["methods"].items() if key in row}
+        labels = [label.get_text() for label in panel.get_xticklabels()]
+        heights = [bar.get_height() for bar in panel.patches]
+        assert dict(zip(labels, heights)) == expected and len(heights) == len(expected)
+        for name, bar in zip(labels, panel.patches):
+            assert shown.setdefault(name, bar.get_facecolor()) == bar.get_facecolor()
+        spread = panel.containers[0].errorbar if key != "return_mean" else None
+        assert spread is None
+        if key == "return_mean":
+            bars = next(c for c in panel.containers if hasattr(c, "patches"))
+            for name, ends in zip(labels, bars.errorbar.lines[2][0].get_segments()):
+                row = results["methods"][name]
+                middle, std = row["return_mean"], row["return_std"]
+                np.testing.assert_allclose(ends[:, 1], [middle - std, middle + std])
+    assert len(set(shown.values())) == len(results["methods"])
+
+    assert len(rest) == 8
+    for i, (name, (true, predicted, mask)) in enumerate(predictions.items()):
+        error = abs(true.astype(float) - predicted).mean(-1)
+        for ax, image in zip(rest[4 * i:], (true, predicted, 2 * error, mask)):
+            assert len(ax.images) == 1 and ax.get_title()
+            np.testing.assert_allclose(ax.images[0].get_array(), image)
+            assert ax.images[0].get_clim() == (0, 255)
+        assert name in rest[4 * i + 1].get_title() and "error" in rest[4 * i + 2].get_title()
+
+
+def test_the_mask_figure_shows_the_best_the_median_and_the_worst_label(figures, tmp_path):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
+    truth, labels, students = np.zeros((3, 5, 8, 8), np.uint8)
+    truth[:, :, :4] = 255  # 32 pixels, of which labels find fewer, each another number
+    for i, found in enumerate((20, 8, 32, 4, 28)):
+        labels[i].flat[np.flatnonzero(truth[i])[:found]] = 255
+        students[i].flat[np.flatnonzero(truth[i])[:32 - found]] = 255
+    masklam.plot_masks(frames, labels, students, truth, tmp_path / "masks.png")
+    axes = figures[0].axes
+    assert len(axes) == 12
+    for row, rank, i, iou in ((0, "best", 2, "1.00"), (1, "median", 0, "0.62"),
+                              (2, "worst", 3, "0.12")):
+        shown = axes[4 * row:4 * row + 4]
+        assert shown[0].get_ylabel() == rank and iou in shown[1].get_title()
+        for ax, image in zip(shown, (frames, labels, students, truth)):
+            assert (ax.images[0].get_array() == image[i]).all()
+
+
+def test_a_figure_is_a_picture_of_what_is_in_it(tmp_path):
+    figure = masklam.Figure(figsize=(2, 1))
+    figure.subplots().bar(["a"], [1], color="red")
+    masklam.save_figure(figure, tmp_path / "figure.png")
+    pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
+    assert pixels.shape[1] > 100 and (pixels == (255, 0, 0)).all(-1).mean() > 0.1
+    assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_the_animation_shows_films_side_by_side_and_the_shorter_stands_still(tmp_path):
+    short, long = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)
+    short[..., 0] = np.array([60, 120, 180])[:, None, None]
+    long[..., 2] = np.array([50, 90, 130, 170, 210])[:, None, None]
+    masklam.save_animation({"a": short, "b": long}, tmp_path / "rollouts.gif", 0.05)
+    animation = Image.open(tmp_path / "rollouts.gif")
+    assert animation.n_frames == 5 and animation.height == 24 and 48 <= animation.width <= 72
+    for t in range(5):
+        animation.seek(t)
+        assert animation.info["duration"] == 50
+        pixels = np.asarray(animation.convert("RGB")).astype(int)
+        left, right = pixels[:, :24], pixels[:, animation.width // 2:][:, :24]
+        assert abs(left - short[min(t, 2), 0, 0]).max() <= 4
+        assert abs(right - long[t, 0, 0]).max() <= 4
 
 
 def test_summary_gives_mean_deviation_and_interval():
@@ -921,65 +1475,235 @@ def test_summary_gives_mean_deviation_and_interval():
     got = masklam.summarize(rows)["methods"]["lapo"]["probe_nmse"]
     assert got["mean"] == pytest.approx(0.7) and got["std"] == pytest.approx(0.2)
     assert got["median"] == 0.7 and got["interval"] == pytest.approx(4.30 * 0.2 / 3**0.5)
+    assert masklam.summarize(rows)["seeds"] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--task", "dog"], ["--task", "'dog'", "cheetah"]),
-    (["--task", "CartPole-v1"], ["--task", "'CartPole-v1'", "MuJoCo"]),
-    (["--task", "Reacher-v5"], ["--task", "Reacher-v5", "--train-expert"]),
-    (["--methods", "lapo", "vae"], ["--methods", "'vae'", "masklam"]),
-    (["--preset", "huge"], ["--preset", "'huge'", "laptop"]),
-    (["--distractor", "mild"], ["--distractor", "'mild'", "none, low, hard"]),
-    (["--labels", "-5"], ["--labels", "-5", "10 to"]),
-    (["--correlation", "nan"], ["--correlation", "nan", "0 to 1"]),
-    (["--lam-lr", "inf"], ["--lam-lr", "inf", "0 to 1"]),
-    (["--labels", "many"], ["--labels", "many"]),
-    (["--labels", "60000"], ["--labels is 60000", "10 to 156"]),
-    (["--prompt", "32,28", "9,x"], ["--prompt is '9,x'", "x,y"]),
-    (["--frame-size", "50"], ["--frame-size", "50", "multiples of 8"]),
-    (["--fdm-widths", "8", "8", "8"], ["--fdm-widths", "two numbers"]),
-    (["--erode", "9"], ["masks", "empty", "--erode"]),
-    (["--out", "/proc/nowhere"], ["--out", "/proc/nowhere", "cannot be written"]),
-])
-def test_bad_input_gets_one_line_and_status_two(flags, named, tmp_path, capsys):
-    until = "mask" if flags[0] == "--erode" else "record"
-    flags = ["--preset", "smoke", "--until", until, "--out", str(tmp_path), *flags]
-    assert masklam.main(flags) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("masklam:")]
-    assert len(lines) == 1 and all(word in lines[0] for word in named), lines
+# -- keys of the cache -----------------------------------------------------------------------------
 
 
-def test_every_field_and_every_section_changes_the_keys_of_its_stage_and_later_ones(monkeypatch):
-    def keys(config=SMOKE):
-        return [masklam.cache_key(config, stage, "x") for stage in masklam.STAGES]
+SECTIONS = {  # and the stage that an edit of them redoes
+    "Config": None, "Video": "record", "Networks": "mask", "Latent action models": "lam",
+    "Linear probe": "probe", "Latent policy": "policy", "Bodies": "record", "Renderer": "record",
+    "Distractors": "record", "Recording": "record", "Masks": "mask", "Evaluation": "evaluate",
+    "Report": "report", "Pipeline": None, "Appendix: experts": None}
 
-    def changed(other):
-        return [stage for stage, a, b in zip(masklam.STAGES, keys(), other) if a != b]
 
-    for f in fields(Config):
-        value = getattr(SMOKE, f.name)
-        new = (*value, "1,1") if isinstance(value, tuple) else value + type(value)(1)
-        if f.name == "task":
-            new = "hopper"
-        first = masklam.STAGES.index(f.metadata["stage"])
-        other = keys(replace(SMOKE, **{f.name: new}))
-        assert changed(other) == list(masklam.STAGES[first:]), f.name
+def cache_keys(config=SMOKE):
+    return {stage: masklam.cache_key(config, stage, "x") for stage in masklam.STAGES}
 
-    source = (HERE / "masklam.py").read_text()
-    before, edited = keys(), {"SPEED, PERSISTENCE = 2, 12, 3.5": "record",
-                              "5 % warm-up": "mask", "w = mask + background_weight": "lam",
-                              "penalty=1e-4": "probe", "labels-only\"": "policy",
-                              "t <= 200": "evaluate", "Side-by-side GIF": "report"}
-    for words, stage in edited.items():
-        assert words in source
-        monkeypatch.setattr(masklam.Path, "read_text", lambda _: source.replace(words, "edited"))
+
+def changed_stages(before, after):
+    return [stage for stage in masklam.STAGES if before[stage] != after[stage]]
+
+
+def stages_from(stage):
+    return list(masklam.STAGES[masklam.STAGES.index(stage):]) if stage else []
+
+
+@pytest.mark.parametrize("field", fields(Config), ids=lambda field: field.name)
+def test_every_field_changes_the_keys_of_its_stage_and_later_ones(field):
+    value = getattr(SMOKE, field.name)
+    new = (*value, *value) if isinstance(value, tuple) else value + type(value)(1)
+    if field.name == "task":
+        new = "hopper"
+    after = cache_keys(replace(SMOKE, **{field.name: new}))
+    assert changed_stages(cache_keys(), after) == stages_from(field.metadata["stage"])
+
+
+def test_an_edit_of_a_section_changes_the_keys_of_its_stage_and_later_ones(monkeypatch):
+    source, before = (HERE / "masklam.py").read_text(), cache_keys()
+    banners = re.findall(r"^# ==== [^\n]* =+\n", source, re.MULTILINE)
+    titles = [re.match(r"# ==== \d+\. ([^[=]*?) *(\[|=)", banner)[1] for banner in banners]
+    assert titles == list(SECTIONS)
+    for banner, (title, stage) in zip(banners, SECTIONS.items()):
+        edited = source.replace(banner, banner + "EDITED = True\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(masklam.Path, "read_text", lambda *_, **__: edited)
+            masklam.source_text.cache_clear()
+            after = cache_keys()
         masklam.source_text.cache_clear()
-        now = keys()
-        monkeypatch.undo()
-        masklam.source_text.cache_clear()
-        first = masklam.STAGES.index(stage)
-        differs = [a != b for a, b in zip(before, now)]
-        assert differs == [i >= first for i in range(len(masklam.STAGES))], words
+        assert changed_stages(before, after) == stages_from(stage), title
+    assert cache_keys() == before
+
+
+def test_a_change_of_a_task_or_its_expert_changes_all_keys_of_that_task(monkeypatch):
+    before, hopper = cache_keys(), cache_keys(replace(SMOKE, task="hopper"))
+    task = masklam.TASKS["cheetah"]
+    for table, new in ((masklam.TASKS, replace(task, noise=task.noise / 2)),
+                       (masklam.EXPERTS, masklam.EXPERTS["cheetah"][::-1])):
+        with monkeypatch.context() as patch:
+            patch.setitem(table, "cheetah", new)
+            assert changed_stages(before, cache_keys()) == list(masklam.STAGES)
+            assert cache_keys(replace(SMOKE, task="hopper")) == hopper
+    assert masklam.cache_key(SMOKE, "lam", "x") != masklam.cache_key(SMOKE, "lam", "y")
+
+
+def test_what_learns_from_labels_is_learnt_anew_with_other_labels(tmp_path):
+    runs = [masklam.Run(replace(SMOKE, labels=n), tmp_path, torch.device("cpu")) for n in (80, 40)]
+    for stage in ("lam", "probe", "policy", "decode", "evaluate"):
+        a, b = (run.path(stage, "laom-labels") for run in runs)
+        assert a != b, stage
+    assert runs[0].path("policy", "masklam") == runs[1].path("policy", "masklam")
+
+
+# -- wrong input -----------------------------------------------------------------------------------
+
+
+# Flags, and what the one line that they get must name.
+WRONG = {
+    "--seed -1": "--seed is -1; allowed: 0 to", "--seed 1000001": "--seed is 1000001",
+    "--seed 1.5": "--seed: invalid int value: '1.5'", "--seed": "--seed: expected one argument",
+    "--distractor mild": "--distractor is 'mild'; allowed: none, low, hard",
+    "--correlation 1.1": "--correlation is 1.1; allowed: 0 to 1",
+    "--correlation -0.1": "--correlation is -0.1", "--correlation nan": "--correlation is nan",
+    "--correlation inf": "--correlation is inf", "--correlation half": "--correlation: invalid",
+    "--episodes 3": "--episodes is 3; allowed: 4 to", "--episodes 1000001": "--episodes is 1000001",
+    "--episodes 1e3": "--episodes: invalid int value", "--episodes nan": "--episodes: invalid int",
+    "--heldout-episodes 1": "--heldout-episodes is 1; allowed: 2 to",
+    "--heldout-episodes -4": "--heldout-episodes is -4",
+    "--steps 7": "--steps is 7; allowed: 8 to 1000", "--steps 1001": "--steps is 1001",
+    "--demonstration-noise -1": "--demonstration-noise is -1",
+    "--demonstration-noise nan": "--demonstration-noise is nan",
+    "--exploration-noise 9.1": "--exploration-noise is 9.1",
+    "--exploration-noise=-inf": "--exploration-noise is -inf",
+    "--exploration-noise 0 --demonstration-noise 0": "noise",
+    "--frame-size 15": "--frame-size is 15; allowed: 16 to 512",
+    "--frame-size 513": "--frame-size is 513",
+    "--frame-size 50": "--frame-size is 50; allowed: multiples of 8",
+    "--frame-size 24 --masks student": "--frame-size is 24; allowed with --masks student: multip",
+    "--masks magic": "--masks is 'magic'; allowed: auto, simulator, student, sam",
+    "--sam-model vit_x": "--sam-model is 'vit_x'; allowed: vit_b, vit_l, vit_h",
+    "--keyframes 3 --masks student": "--keyframes is 3; allowed: 4 to",
+    "--keyframes 321 --masks student": "--keyframes is 321; allowed: 4 to 320",
+    "--student-updates 0 --masks student": "--student-updates is 0; allowed: 1 to",
+    "--erode -1": "--erode is -1; allowed: 0 to", "--erode 65": "--erode is 65",
+    "--dilate -1": "--dilate is -1; allowed: 0 to", "--dilate 2.5": "--dilate: invalid int",
+    "--shift -3": "--shift is -3; allowed: 0 to 512", "--shift 513": "--shift is 513",
+    "--occlude 1.5": "--occlude is 1.5; allowed: 0 to 1", "--occlude nan": "--occlude is nan",
+    "--mask-input 1": "unrecognized arguments: 1", "--mask-input=yes": "--mask-input",
+    "--background-weight -0.5": "--background-weight is -0.5; allowed: 0 to 1",
+    "--background-weight nan": "--background-weight is nan",
+    "--latent-dim 0": "--latent-dim is 0; allowed: 1 to", "--latent-dim 8193": "--latent-dim is",
+    "--offset 0": "--offset is 0; allowed: 1 to 100", "--offset 101": "--offset is 101",
+    "--patch 0": "--patch is 0; allowed: 1 to 64", "--patch 3": "(--patch",
+    "--patch 64": "--patch", "--patch 1 --frame-size 18": "multiples of 4",
+    "--idm-widths": "--idm-widths: expected at least one argument",
+    "--idm-widths 48 0": "--idm-widths is 0; allowed: 1 to", "--idm-widths 48,96": "--idm-widths",
+    "--idm-widths 8 8 8 8 8 8": "--idm-widths", "--fdm-widths 8 8 8 8 8 8": "--fdm-widths",
+    "--fdm-widths 4097": "--fdm-widths is 4097", "--fdm-widths 9 -9": "--fdm-widths is -9",
+    "--blocks 17 --patch 1": "--blocks is 17; allowed: 0 to", "--blocks -1 --patch 1": "--blocks",
+    "--hidden -1": "--hidden is -1; allowed: 0 to", "--hidden 8193": "--hidden is 8193",
+    "--lam-updates 0": "--lam-updates is 0; allowed: 1 to",
+    "--batch-size 1": "--batch-size is 1; allowed: 2 to", "--batch-size 64.0": "--batch-size: inv",
+    "--lam-lr -0.001": "--lam-lr is -0.001; allowed: 0 to 1", "--lam-lr inf": "--lam-lr is inf",
+    "--probe-windows 99": "--probe-windows is 99; allowed: 100 to",
+    "--policy-updates -1": "--policy-updates is -1; allowed: 1 to",
+    "--policy-lr nan": "--policy-lr is nan; allowed: 0 to 1", "--policy-lr 2": "--policy-lr is 2",
+    "--labels 9": "--labels is 9; allowed: 10 to", "--labels -5": "--labels is -5",
+    "--labels many": "--labels: invalid int value: 'many'",
+    "--labels 157": "--labels is 157; allowed: 10 to 156",
+    "--labels 80 --episodes 4": "--labels is 80; allowed: 10 to 78",
+    "--decoder-updates 0": "--decoder-updates is 0; allowed: 1 to",
+    "--eval-episodes 0": "--eval-episodes is 0; allowed: 1 to",
+    "--eval-steps 0": "--eval-steps is 0; allowed: 1 to", "--eval-steps x": "--eval-steps: invalid",
+    "--methods": "--methods: expected at least one argument",
+    "--methods lapo vae": "--methods is 'vae'; allowed: lapo, masklam",
+    "--methods lapo lapo": "--methods names one twice",
+    "--preset huge": "--preset: invalid choice: 'huge'", "--until dinner": "--until: invalid choi",
+    "--seeds 0": "--seeds is 0; allowed: 1 to", "--seeds -1": "--seeds is -1; allowed: 1 to",
+    "--seeds 1001": "--seeds is 1001", "--seeds two": "--seeds: invalid int",
+    "--seeds 2 --seed 1": "--seed has no effect with --seeds",
+    "--epochs 5": "unrecognized arguments: --epochs", "cheetah": "unrecognized arguments: cheetah",
+    "--fresh 1": "unrecognized arguments: 1", "'--no\nflag'": "unrecognized arguments",
+    # tasks
+    "--task dog": "--task is 'dog'; allowed: cheetah, hopper", "--task ''": "--task is ''",
+    "--task Nope-v0": "--task is 'Nope-v0'", "--task CartPole-v1": "--task is 'CartPole-v1'",
+    "--task Blackjack-v1": "--task is 'Blackjack-v1'", "--task a/b/c": "--task is 'a/b/c'",
+    "--task MountainCarContinuous-v0": "--task is 'MountainCarContinuous-v0'",
+    "--task HalfCheetah-v3": "--task is 'HalfCheetah-v3'",
+    "--task nosuchmodule:Foo-v0": "--task is 'nosuchmodule:Foo-v0'",
+    "--task Reacher-v5": "--task Reacher-v5 has no expert: search one with --train-expert",
+    # masks without an agent
+    "--erode 9": "--erode", "--erode 3 --task swimmer": "--erode", "--erode 64": "empty",
+    "--shift 512": "--shift", "--shift 60": "--shift", "--occlude 1": "--occlude",
+    "--dilate 3 --occlude 1": "--occlude",
+    # flags without effect
+    "--distractor none --correlation 0.5": "--correlation has no effect",
+    "--methods lapo --background-weight 0.5": "--background-weight has no effect",
+    "--masks simulator --sam-model vit_b": "--sam-model has no effect",
+    "--masks student --sam-checkpoint {tmp}/text.pth": "--sam-checkpoint has no effect",
+    "--masks simulator --keyframes 8": "--keyframes has no effect",
+    "--masks simulator --student-updates 8": "--student-updates has no effect",
+    "--student-updates 8": "--student-updates has no effect",  # auto, and no SAM on this disk
+    "--blocks 2": "--blocks has no effect", "--train-expert --labels 20": "--labels has no effect",
+    "--train-expert --seeds 2": "--seeds has no effect",
+    # SAM
+    "--sam-checkpoint {tmp}/missing.pth": "missing.pth is no checkpoint of vit_b",
+    "--sam-checkpoint {tmp}/text.pth": "text.pth is no checkpoint of vit_b",
+    "--sam-checkpoint {tmp}/list.pth": "list.pth is no checkpoint of vit_b",
+    "--sam-checkpoint {tmp}/other.pth --masks sam": "other.pth is no checkpoint of vit_b",
+    "--sam-checkpoint {tmp}": "is no checkpoint of vit_b", "--masks sam": "cannot be downloaded",
+    # disks
+    "--episodes 200000 --steps 1000": "does not fit", "--out {tmp}/text.pth": "text.pth",
+    "--out {tmp}/text.pth/deeper": "text.pth", "--out /proc/nowhere": "/proc/nowhere",
+}
+
+
+def test_every_flag_of_config_is_among_the_wrong_input():
+    flags = {word.split("=")[0] for line in WRONG for word in shlex.split(line)}
+    assert {"--" + f.name.replace("_", "-") for f in fields(Config)} <= flags and len(WRONG) >= 60
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path, small_registry):
+    """Ends a run that would start to work; no SAM on the disk, none to be had."""
+    def work(*_, **__):
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(masklam.Video, "create", work)
+    monkeypatch.setattr(masklam, "train_expert", work)
+    monkeypatch.setattr(masklam, "SAM_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsys):
+    """At once, and nothing is written."""
+    flags = [word.replace("{tmp}", str(tmp_path)) for word in shlex.split(line)]
+    (tmp_path / "text.pth").write_bytes(b"<html>404")
+    if "list.pth" in line:
+        torch.save([1, 2], tmp_path / "list.pth")
+    if "other.pth" in line:
+        torch.save(small_sam(width=64).state_dict(), tmp_path / "other.pth")
+    before, start = sorted(tmp_path.rglob("*")), time.process_time()
+    base = ["--preset", "smoke", "--until", "record", "--out", str(tmp_path / "runs")]
+    assert masklam.main([*base, *flags]) == 2
+    took = time.process_time() - start
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("masklam: ") and WRONG[line] in lines[0], lines
+    after = [p for p in sorted(tmp_path.rglob("*")) if "hub" not in p.parts]
+    assert after == before and took < 10
+
+
+def test_no_memory_gets_one_line_and_other_errors_do_not(monkeypatch, tmp_path, capsys):
+    def die(*_):
+        with masklam.worker_pool() as pool:
+            list(pool.map(os._exit, [1]))
+
+    for fails in (lambda *_: np.empty(10**15), lambda *_: torch.empty(10**15), die):
+        monkeypatch.setattr(masklam, "run_seeds", fails)
+        assert masklam.main(["--preset", "smoke", "--out", str(tmp_path)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("masklam: out of memory") and "--episodes" in line
+    for error in (RuntimeError("shapes"), ZeroDivisionError("0")):
+        def fails(*_):
+            raise error
+        monkeypatch.setattr(masklam, "run_seeds", fails)
+        with pytest.raises(type(error), match=str(error)):
+            masklam.main(["--preset", "smoke", "--out", str(tmp_path)])
+
+
+# -- whole runs ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -990,6 +1714,29 @@ def smoke(tmp_path_factory):
     assert result.returncode == 0, result.stderr[-2000:]
     folder = out / "cheetah-smoke-low-0"
     return folder, result, json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture
+def copied(smoke, tmp_path):
+    """A run's folder, to be damaged: replace its files, they are the others' too."""
+    folder = tmp_path / smoke[0].name
+    shutil.copytree(smoke[0], folder, copy_function=os.link, ignore=lambda *_: ["lock"])
+    return folder
+
+
+def rewrite(path, content):
+    path.unlink()
+    path.write_bytes(content)
+
+
+def masklam_lines(text):
+    return [line for line in text.splitlines() if line.startswith("masklam:")]
+
+
+def snapshot(folder):
+    """{file: size and time of its last change}, the lock and the config's copy aside."""
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
+            if p.is_file() and p.name not in ("lock", "config.json")}
 
 
 def test_smoke_run_prints_the_table_and_writes_every_file(smoke):
@@ -1027,9 +1774,9 @@ def test_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(smoke)
     now = {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.pt")}
     assert {p: now[p] for p in cached} == cached
     added = sorted(p.name.rsplit("-", 1)[0] for p in set(now) - set(cached))
-    names = ("labels-only", "lapo", "masklam", "oracle")
-    assert added == sorted([f"{stage}-{name}" for stage in ("evaluate", "policy") for name in names]
-                           + ["evaluate-expert", "evaluate-random"])
+    decoded = ["labels-only", "lapo", "masklam"]
+    assert added == sorted([f"decode-{name}" for name in decoded] + [
+        f"evaluate-{name}" for name in (*decoded, "oracle", "expert", "random")])
 
 
 def test_a_finished_run_gives_its_memory_back(smoke):
@@ -1051,10 +1798,10 @@ def test_degraded_masks_leave_lapos_numbers_alone(smoke):
     assert all(0.1 < iou < 0.8 for iou in results["mask_iou"].values())
     assert set(results["mask_iou"]) == {"training", "heldout", "decorrelated"}
     touched = {p.name.split("-")[0] for p in set((folder / "cache").glob("*.pt")) - cached}
-    assert touched == {"mask", "lam", "probe", "policy", "evaluate"}
+    assert touched == {"mask", "lam", "probe", "policy", "decode", "evaluate"}
     lapo = {"leakage_r2": 0}  # what is masked out of the background has changed
     assert results["methods"]["lapo"] | lapo == before["methods"]["lapo"] | lapo
-    assert masklam.main([*flags, "--mask-input"]) == 0
+    assert masklam.main([*flags, *QUICK, "--mask-input"]) == 0
     assert before["mask_iou"] == {} and before["mask_source"] == "simulator"
 
 
@@ -1062,7 +1809,7 @@ def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, c
     folder, first, _ = smoke
     assert "masks: the simulator's own" in first.stdout and "--masks sam" in first.stdout
     flags = ["--preset", "smoke", "--out", str(folder.parent), "--sam-checkpoint", str(fitted_sam),
-             "--keyframes", "16", "--student-updates", "150"]
+             "--keyframes", "16", "--student-updates", "150", *QUICK]
     assert masklam.main(flags) == 0  # auto: a checkpoint was given
     assert f"masks: sam, from {fitted_sam}" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
@@ -1075,40 +1822,77 @@ def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, c
     assert shifted["heldout"] != results["mask_iou"]["heldout"]
 
 
-def test_damaged_and_foreign_cache_files_are_named(smoke, capsys):
-    folder, _, _ = smoke
-    probes = (folder / "cache").glob("probe-lapo-*.pt")  # other tests' runs have added some
-    path = min(probes, key=lambda p: p.stat().st_mtime_ns)
-    good, results = path.read_bytes(), (folder / "results.json").read_bytes()
-    foreign = folder / "foreign.pt"
-    torch.save({"weights": torch.zeros(3)}, foreign)
-    for bad in (good[:len(good) // 2], b"<html>", b"", foreign.read_bytes()):
-        path.write_bytes(bad)
-        assert masklam.main(["--preset", "smoke", "--out", str(folder.parent)]) == 2
-        errors = capsys.readouterr().err.splitlines()
-        lines = [line for line in errors if line.startswith("masklam:")]
-        assert len(lines) == 1 and str(path) in lines[0]
-        assert "--fresh" in lines[0] and (folder / "results.json").read_bytes() == results
-    path.write_bytes(good)
-    frames = next((folder / "cache").glob("record-video-*/training/frames.npy"))
-    content = frames.read_bytes()
-    frames.write_bytes(content[:5000])
-    assert masklam.main(["--preset", "smoke", "--out", str(folder.parent)]) == 2
-    assert str(frames.parent.parent) in capsys.readouterr().err
-    frames.write_bytes(content)
+def test_one_flipped_byte_ends_a_run_before_anything_is_made_of_it(copied, capsys):
+    """Of a result, of an array; and a result that was copied from another's."""
+    flags = ["--preset", "smoke", "--out", str(copied.parent)]
+    masks = next((copied / "cache").glob("record-video-*/heldout/masks.npy"))
+    lapo, ours = (next((copied / "cache").glob(f"lam-{n}-*.pt")) for n in ("lapo", "masklam"))
+    probe = next((copied / "cache").glob("probe-lapo-*.pt"))
+    for path, content, named in ((probe, flipped(probe.read_bytes(), 99), "damaged"),
+                                 (ours, lapo.read_bytes(), lapo.name),
+                                 (masks, flipped(masks.read_bytes(), 5000), "damaged")):
+        good = path.read_bytes()
+        rewrite(path, content)
+        before = snapshot(copied)
+        assert masklam.main([*flags, *(["--until", "lam"] if path == ours else [])]) == 2
+        (line,) = masklam_lines(capsys.readouterr().err)
+        assert str(path) in line and named in line and "--fresh" in line
+        assert snapshot(copied) == before
+        rewrite(path, good)
+
+
+def test_what_killed_runs_have_left_is_removed(copied):
+    left = [copied / "results.json.1.tmp", copied / "cache" / "lam-lapo-1.pt.99.tmp"]
+    for path in left:
+        path.write_bytes(b"half")
+    flags = ["--preset", "smoke", "--until", "record", "--out", str(copied.parent)]
+    assert masklam.main(flags) == 0
+    assert not any(path.exists() for path in left)
+
+
+def test_a_second_run_on_one_folder_says_that_there_is_another(copied, capsys):
+    before = snapshot(copied)
+    flags = ["--preset", "smoke", "--out", str(copied.parent)]
+    with masklam.own_folder(copied, SMOKE, False):
+        for more in ([], ["--fresh"]):
+            assert masklam.main([*flags, *more]) == 2
+            (line,) = masklam_lines(capsys.readouterr().err)
+            assert "another run" in line and str(copied) in line
+    assert snapshot(copied) == before
+    assert masklam.main([*flags, "--until", "record"]) == 0
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--preset", "smoke"]])
+def test_a_closed_pipe_ends_a_run_quietly(flags, copied):
+    """As `| head -1` closes it, here before the first word."""
+    out, into = os.pipe()
+    os.close(out)
+    done = subprocess.run([sys.executable, str(HERE / "masklam.py"), *flags, "--out",
+                           str(copied.parent)], stdout=into, stderr=subprocess.PIPE, text=True)
+    os.close(into)
+    assert done.returncode == 0 and "roken" not in done.stderr and "Trace" not in done.stderr
+
+
+@pytest.mark.parametrize("stage, limit", [("record", 500_000), ("lam", 5_000_000)])
+def test_a_disk_without_room_gets_one_line_and_loses_nothing(stage, limit, copied):
+    """As many bytes as a file may have: too few for frames, and for the weights of a network."""
+    flags = ["--seed", "1"] if stage == "record" else ["--latent-dim", "8", *QUICK]
+    before = snapshot(copied.parent)
+    done = run("--preset", "smoke", "--until", stage, "--out", copied.parent, *flags,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    (line,) = masklam_lines(done.stderr)
+    assert done.returncode == 2 and "File too large" in line and "Traceback" not in done.stderr
+    after = snapshot(copied.parent)
+    assert {path: after.get(path) for path in before} == before
+    added = [path.name for path in set(after) - set(before)]
+    assert not [name for name in added if name.endswith((".tmp", ".npy", ".pt"))], added
 
 
 def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
     """SIGINT while recording; the second run ends with the numbers of an uninterrupted one."""
     folder, _, uninterrupted = smoke
-    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([sys.executable, str(HERE / "masklam.py"), "--preset", "smoke",
-                                "--out", str(tmp_path)], stderr=subprocess.PIPE, text=True,
-                               preexec_fn=heed)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("training/length.npy")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = start("--preset", "smoke", "--out", tmp_path)
+    wait_for(lambda: list(tmp_path.rglob("training/length.npy")))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -1116,3 +1900,49 @@ def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
     assert run("--preset", "smoke", "--out", tmp_path).returncode == 0
     results = json.loads((tmp_path / folder.name / "results.json").read_text())
     assert results["methods"] == uninterrupted["methods"]
+
+
+def start(*flags):
+    """A run in a process group of its own. A shell starts what runs in the background with SIGINT
+    ignored, and children inherit that."""
+    return subprocess.Popen([sys.executable, str(HERE / "masklam.py"), *map(str, flags)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+def group_is_gone(process):
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_kills_at_random_moments_change_no_number_and_leave_nothing(tmp_path):
+    """Politely while it records, and then without mercy when networks have begun to be trained."""
+    flags = ["--preset", "smoke", "--eval-steps", "20", "--batch-size", "8", "--lam-updates", "12"]
+    whole, folder = tmp_path / "whole", tmp_path / "killed" / "cheetah-smoke-low-0"
+    assert run(*flags, "--out", whole).returncode == 0
+    begun = {signal.SIGTERM: lambda: folder.exists(),
+             signal.SIGKILL: lambda: list(folder.rglob("mask-masks-*.pt"))}
+    for number, moment in zip(begun, np.random.default_rng().uniform(0, 6, 2)):
+        process = start(*flags, "--out", folder.parent)
+        wait_for(begun[number])
+        time.sleep(moment)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        expected = 130 if number == signal.SIGTERM else -signal.SIGKILL
+        assert process.returncode == expected and "Traceback" not in errors, (moment, errors)
+        wait_for(lambda: group_is_gone(process), 10)
+    assert run(*flags, "--out", folder.parent).returncode == 0
+    expected, results = (json.loads((path / folder.name / "results.json").read_text())
+                         for path in (whole, folder.parent))
+    assert results["methods"] == expected["methods"]
+    assert not [p for p in folder.rglob("*") if p.suffix in (".tmp", ".partial")]
