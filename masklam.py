@@ -20,6 +20,7 @@ background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the age
     python masklam.py --task cheetah               record, train both, probe, act, compare
     python masklam.py --preset smoke               every stage in a minute, to see that it works
     python masklam.py --seeds 3                    seeds 0, 1, 2 and their summary.json
+    python masklam.py --sweep latent               the probe against the size of the latent
     python masklam.py --task cheetah --train-expert      search the expert anew, print its literal
 
 A run needs only a CPU and writes runs/<task>-<preset>-<distractor>-<seed>/: results.json, figures,
@@ -810,17 +811,18 @@ class Task:
 
 FREE = {"ctrl_cost_weight": 0}  # an angle costs nothing
 TASKS = {
-    "cheetah": Task("HalfCheetah-v5", (2.6, -8, 0), 0.1, 0.8, 0.8,
+    "cheetah": Task("HalfCheetah-v5", (2.6, -8, 0), 0.1, 0.8, 1.2,
                     search=dict(size=0.03, step=0.02, persistence=0.7, budget=1_500_000)),
-    "hopper": Task("Hopper-v5", (2.4, -8, 0.3), 0.05, 0.6, 0.5,
+    "hopper": Task("Hopper-v5", (2.4, -8, 0.3), 0.05, 0.6, 0.8,
                    FREE | dict(healthy_angle_range=(-1, 1), healthy_z_range=(0.5, 10)),
-                   dict(budget=1_500_000)),
-    "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.05, 0.6, 0.5, FREE, dict(budget=4_500_000)),
-    "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, 0.6, 0.8,
+                   dict(budget=1_200_000)),
+    "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.05, 0.6, 0.8, FREE, dict(budget=3_000_000)),
+    "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, 0.6, 1.0,
                     search=dict(directions=8, top=4, size=0.03, step=0.02, budget=600_000)),
-    "ant": Task("Ant-v5", (4.2, -35, -0.1), 0.05, 0.6, 0.8,
+    "ant": Task("Ant-v5", (3.5, -40, -0.1), 0.1, 0.6, 1.0,
                 FREE | dict(include_cfrc_ext_in_observation=False),
-                dict(directions=32, top=16, size=0.03, step=0.02, noise=0.2, horizon=150)),
+                dict(directions=32, top=16, size=0.03, step=0.02, noise=0.2, horizon=100,
+                     budget=1_200_000)),
     "humanoid": Task("Humanoid-v5", (2.8, -8, -0.15), noise=0.1, cycle=60, options=dict.fromkeys(
         [f"include_{name}_in_observation" for name in ("cinert", "cvel", "qfrc_actuator",
                                                        "cfrc_ext")], False)),
@@ -2261,8 +2263,8 @@ def from_literal(literal, actions) -> np.ndarray:
 
 EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
     "cheetah":
-        "q!yl=EFGYtuo<kG3X=qZh=rxJ9kDQ!8KIvO92gXW9|i^k5Vo0>qN^vOFqf$u5QLtMijk?qA|s`ztf_&JvLcxo0SAtX"
-        "o3xy?rI@j+ssyGVp&*xzlaiV;l&B(^siCG5ssbP$jslF3",
+        "ufdt9q_v`~I+Cgdk^!BKgbk{^tsV@SA*!?*p`8v92m}g-thX7br7)|bE`gvS5}=xh0f?^48J4jttg@(_tR|5imI8>7"
+        "n5=}ZD5|lvK$4{qo1d7Ekd+`b6{(xBsjo7Yq6G>bgn^5Y",
     "hopper":
         "%SypLJ|(Ij78D8!xi`Ntq%IDy7Zw2)%1ORSIXS5nDIpdH",
     "walker":
@@ -2292,7 +2294,6 @@ EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
         "qZ*qJjscPm1q=&<27(!pk_3bVDGGv?t|>Q~1S}p5j*Oy4Lb4RKs2_q9L%hK`u`HZCuN)*I8loza6EX#<uq>0BB^o4!"
         "0s<Wdf&u~q43-oDf|HGy6agz0k)kO~s)VAG2A-QA2F$}mAS^2)nU~2uLPR-?oQW7SH5;OuG9CkyBcHCOf*z+CrJx)E"
         "2?vsn5C;Q=2Z)&p0+N*kt&kxpsKY~?tQ9O15F)3)z`&3oqa2nX!Kp+oy^kuZuqYrFB&33xA)yW$8j!0N9jhZ68;_2G"
-        "3W5fLk`Dz8gaibc5t6Bj0v4{RHyQ-29*m9*B1Xcpl(i@y0u%",
 }
 
 if __name__ == "__main__":

@@ -1309,16 +1309,17 @@ class Replay(torch.nn.Module):
 
 @pytest.mark.parametrize("task", ["cheetah", "swimmer", "walker"])
 def test_a_policy_that_replays_the_experts_actions_earns_what_the_expert_earns(task):
-    config = replace(SMOKE, task=task, eval_episodes=3, eval_steps=50)
-    expert, actions = masklam.load_expert(task), torch.zeros(3, 50, len(masklam.load_expert(task)))
+    config = replace(SMOKE, task=task, eval_episodes=3, eval_steps=20)  # more would be chaotic
+    expert = masklam.load_expert(task)
+    actions = torch.zeros(3, 20, len(expert))
     for i in range(3):
         seed = masklam.episode_seed(config, "evaluate", i)
-        done = masklam.state_rollout((task, expert, seed, 50, 0, 0))[1]
+        done = masklam.state_rollout((task, expert, seed, 20, 0, 0))[1]
         actions[i, :len(done)] = torch.from_numpy(done)
     returns, film = masklam.evaluate(config, Replay(actions), "replay")
     earned, chance = (masklam.evaluate_state_policy(config, n) for n in ("expert", "random"))
-    np.testing.assert_allclose(returns, earned, rtol=0.01, atol=0.5)
-    assert abs(returns - chance).mean() > 20 * abs(returns - earned).mean()
+    np.testing.assert_allclose(returns, earned, rtol=1e-3, atol=1e-3)
+    assert abs(returns - chance).mean() > 1
     assert film.shape[1:] == (64, 64, 3) and len(np.unique(film[:, 20:40], axis=0)) == len(film)
 
 
@@ -1667,7 +1668,7 @@ def started(monkeypatch, tmp_path, small_registry):
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsys):
+def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsys, recwarn):
     """At once, and nothing is written."""
     flags = [word.replace("{tmp}", str(tmp_path)) for word in shlex.split(line)]
     (tmp_path / "text.pth").write_bytes(b"<html>404")
@@ -1681,6 +1682,7 @@ def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsy
     took = time.process_time() - start
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("masklam: ") and WRONG[line] in lines[0], lines
+    assert not [str(warning.message) for warning in recwarn]
     after = [p for p in sorted(tmp_path.rglob("*")) if "hub" not in p.parts]
     assert after == before and took < 10
 
