@@ -2266,7 +2266,7 @@ EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
         "ufdt9q_v`~I+Cgdk^!BKgbk{^tsV@SA*!?*p`8v92m}g-thX7br7)|bE`gvS5}=xh0f?^48J4jttg@(_tR|5imI8>7"
         "n5=}ZD5|lvK$4{qo1d7Ekd+`b6{(xBsjo7Yq6G>bgn^5Y",
     "hopper":
-        "%SypLJ|(Ij78D8!xi`Ntq%IDy7Zw2)%1ORSIXS5nDIpdH",
+        "x;>_bsVX6&pN0Viv^uyzn=_%Yk(LYx$VtLPs4%mq7n2$l",
     "walker":
         "yE&i2u^1q&IU$sy8H54`3lv4fFS4JoyECaVxfvD@ilh@6&r7`mxf`w}K&ptF85V+t6e3N?KR7lvs3pBFnh_X|i3*&F"
         "%t@}GlsdqyLZGviB#$4W5hK)6!nC+BsjDchnVlz+A)x~s",
@@ -2293,7 +2293,6 @@ EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
         "r<tW7907?3g9V2O5)Y7vl9hy+3WBYWAt@-s!<;M?tP_wTr$4|zkf5WSmY~6@M6JCKs;e-hf|?;HAr~Z?533=L8Wx?a"
         "qZ*qJjscPm1q=&<27(!pk_3bVDGGv?t|>Q~1S}p5j*Oy4Lb4RKs2_q9L%hK`u`HZCuN)*I8loza6EX#<uq>0BB^o4!"
         "0s<Wdf&u~q43-oDf|HGy6agz0k)kO~s)VAG2A-QA2F$}mAS^2)nU~2uLPR-?oQW7SH5;OuG9CkyBcHCOf*z+CrJx)E"
-        "2?vsn5C;Q=2Z)&p0+N*kt&kxpsKY~?tQ9O15F)3)z`&3oqa2nX!Kp+oy^kuZuqYrFB&33xA)yW$8j!0N9jhZ68;_2G"
 }
 
 if __name__ == "__main__":
