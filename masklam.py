@@ -1680,6 +1680,7 @@ def start_worker():
     """Prepare a worker process: one thread, deaf to Ctrl-C, and no life without its parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed worker would leave
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 

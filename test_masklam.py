@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import csv
 import errno
 import functools
 import hashlib
@@ -49,7 +50,8 @@ TINY = replace(SMOKE, episodes=4, heldout_episodes=2, steps=12, lam_updates=12, 
                labels=20)
 
 
-QUICK = shlex.split("--lam-updates 3 --policy-updates 2 --decoder-updates 5")
+FLAGS = shlex.split("--preset smoke --batch-size 8 --lam-updates 10 --policy-updates 5 "
+                    "--decoder-updates 20")  # of whole runs
 
 
 def run(*flags, timeout=300, **settings):
@@ -1445,6 +1447,24 @@ def test_the_mask_figure_shows_the_best_the_median_and_the_worst_label(figures, 
             assert (ax.images[0].get_array() == image[i]).all()
 
 
+def test_a_sweep_has_a_panel_for_every_number_and_a_line_for_every_method(figures, tmp_path):
+    rows = [dict(point=f"offset {k}", method=method, probe_nmse=0.1 * k + i, leakage_r2=0.5 * i)
+            for k in (1, 2, 5) for i, method in enumerate(("lapo", "masklam"))]
+    rows.append(dict(point="offset 9", method="masklam", probe_nmse=3.0, leakage_r2=0.1))
+    masklam.plot_sweep(rows, tmp_path / "sweep.png")
+    panels = figures[0].axes
+    assert len(panels) == 2
+    for panel, key, words in zip(panels, ("probe_nmse", "leakage_r2"), ("NMSE", "background")):
+        assert words in panel.get_title() and len(panel.lines) == 2
+        for line, method in zip(panel.lines, ("lapo", "masklam")):
+            mine = [row for row in rows if row["method"] == method]
+            assert line.get_label() == method
+            assert list(line.get_xdata(orig=True)) == [row["point"] for row in mine]
+            assert list(line.get_ydata()) == [row[key] for row in mine]
+    named = [text.get_text() for text in panels[-1].get_legend().get_texts()]
+    assert named == ["lapo", "masklam"]
+
+
 def test_a_figure_is_a_picture_of_what_is_in_it(tmp_path):
     figure = masklam.Figure(figsize=(2, 1))
     figure.subplots().bar(["a"], [1], color="red")
@@ -1638,6 +1658,13 @@ WRONG = {
     "--student-updates 8": "--student-updates has no effect",  # auto, and no SAM on this disk
     "--blocks 2": "--blocks has no effect", "--train-expert --labels 20": "--labels has no effect",
     "--train-expert --seeds 2": "--seeds has no effect",
+    # sweeps
+    "--sweep colours": "--sweep: invalid choice: 'colours'",
+    "--sweep labels": "--sweep takes one --seed and no --until",
+    "--sweep labels --until report --seeds 2": "--sweep takes one --seed and no --until",
+    "--sweep labels --until report --labels 20": "--labels is what --sweep labels changes",
+    "--sweep masks --until report --mask-input": "--mask-input is what --sweep masks changes",
+    "--sweep correlation --until report --distractor none": "--sweep correlation",
     # SAM
     "--sam-checkpoint {tmp}/missing.pth": "missing.pth is no checkpoint of vit_b",
     "--sam-checkpoint {tmp}/text.pth": "text.pth is no checkpoint of vit_b",
@@ -1712,7 +1739,7 @@ def test_no_memory_gets_one_line_and_other_errors_do_not(monkeypatch, tmp_path, 
 def smoke(tmp_path_factory):
     """One smoke run of the command line, from nothing to the table."""
     out = tmp_path_factory.mktemp("runs")
-    result = run("--preset", "smoke", "--out", out)
+    result = run(*FLAGS, "--out", out)
     assert result.returncode == 0, result.stderr[-2000:]
     folder = out / "cheetah-smoke-low-0"
     return folder, result, json.loads((folder / "results.json").read_text())
@@ -1732,7 +1759,9 @@ def rewrite(path, content):
 
 
 def masklam_lines(text):
-    return [line for line in text.splitlines() if line.startswith("masklam:")]
+    """What is said in the end; a bar of progress is called masklam, too."""
+    lines = re.split("[\r\n]+", text)
+    return [line for line in lines if line.startswith("masklam: ") and "%|" not in line]
 
 
 def snapshot(folder):
@@ -1768,10 +1797,10 @@ def test_smoke_run_prints_the_table_and_writes_every_file(smoke):
 def test_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(smoke):
     folder, _, before = smoke
     cached = {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.pt")}
-    assert masklam.main(["--preset", "smoke", "--out", str(folder.parent)]) == 0
+    assert masklam.main([*FLAGS, "--out", str(folder.parent)]) == 0
     assert {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.pt")} == cached
     assert json.loads((folder / "results.json").read_text()) == before
-    flags = ["--preset", "smoke", "--out", str(folder.parent), "--labels", "40"]
+    flags = [*FLAGS, "--out", str(folder.parent), "--labels", "40"]
     assert masklam.main(flags) == 0
     now = {p: p.stat().st_mtime_ns for p in (folder / "cache").glob("*.pt")}
     assert {p: now[p] for p in cached} == cached
@@ -1783,7 +1812,7 @@ def test_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(smoke)
 
 def test_a_finished_run_gives_its_memory_back(smoke):
     folder, _, results = smoke
-    config = replace(SMOKE, masks="simulator")
+    config = replace(masklam.parse(FLAGS)[0], masks="simulator")
     run = masklam.Run(config, folder, torch.device("cpu"))
     assert run.probe("masklam")["probe_nmse"] == results["methods"]["masklam"]["probe_nmse"]
     gone = weakref.ref(run)
@@ -1793,7 +1822,7 @@ def test_a_finished_run_gives_its_memory_back(smoke):
 
 def test_degraded_masks_leave_lapos_numbers_alone(smoke):
     folder, _, before = smoke
-    flags = ["--preset", "smoke", "--out", str(folder.parent), "--dilate", "1", "--occlude", "0.2"]
+    flags = [*FLAGS, "--out", str(folder.parent), "--dilate", "1", "--occlude", "0.2"]
     cached = set((folder / "cache").glob("*.pt"))
     assert masklam.main(flags) == 0
     results = json.loads((folder / "results.json").read_text())
@@ -1803,40 +1832,54 @@ def test_degraded_masks_leave_lapos_numbers_alone(smoke):
     assert touched == {"mask", "lam", "probe", "policy", "decode", "evaluate"}
     lapo = {"leakage_r2": 0}  # what is masked out of the background has changed
     assert results["methods"]["lapo"] | lapo == before["methods"]["lapo"] | lapo
-    assert masklam.main([*flags, *QUICK, "--mask-input"]) == 0
     assert before["mask_iou"] == {} and before["mask_source"] == "simulator"
 
 
 def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, capsys):
     folder, first, _ = smoke
     assert "masks: the simulator's own" in first.stdout and "--masks sam" in first.stdout
-    flags = ["--preset", "smoke", "--out", str(folder.parent), "--sam-checkpoint", str(fitted_sam),
-             "--keyframes", "16", "--student-updates", "150", *QUICK]
-    assert masklam.main(flags) == 0  # auto: a checkpoint was given
+    flags = [*FLAGS, "--out", str(folder.parent), "--sam-checkpoint", str(fitted_sam),
+             "--keyframes", "16", "--student-updates", "150", "--mask-input", "--shift", "1"]
+    assert masklam.main([*flags, "--methods", "masklam"]) == 0  # auto: a checkpoint was given
     assert f"masks: sam, from {fitted_sam}" in capsys.readouterr().out
     results = json.loads((folder / "results.json").read_text())
-    assert results["mask_source"] == "sam" and results["mask_iou"]["keyframes"] >= 0.6
+    assert results["mask_source"] == "sam" and set(results["methods"]) == {
+        "masklam", "oracle", "labels-only", "past-only", "supervised-idm"}
     assert set(results["mask_iou"]) == {"keyframes", "training", "heldout", "decorrelated"}
+    assert results["mask_iou"]["keyframes"] >= 0.6 and results["mask_iou"]["training"] > 0.1
     assert (folder / "masks.png").stat().st_size > 1000
-    assert masklam.main([*flags, "--mask-input", "--shift", "1", "--methods", "masklam"]) == 0
-    shifted = json.loads((folder / "results.json").read_text())["mask_iou"]
-    assert shifted["keyframes"] == results["mask_iou"]["keyframes"]
-    assert shifted["heldout"] != results["mask_iou"]["heldout"]
+
+
+def test_a_sweep_reuses_what_is_there_and_writes_a_row_for_every_point_and_method(
+        smoke, monkeypatch):
+    folder, _, results = smoke
+    monkeypatch.setitem(masklam.SWEEPS, "offset", [dict(offset=1), dict(offset=3)])
+    assert masklam.main([*FLAGS, "--out", str(folder.parent), "--sweep", "offset"]) == 0
+    with open(folder / "sweep-offset.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = [(row["point"], row["method"]) for row in rows]
+    assert points == [(f"offset {k}", method) for k in (1, 3) for method in ("lapo", "masklam")]
+    assert (folder / "sweep-offset.png").stat().st_size > 1000
+    for row, other in zip(rows[:2], rows[2:]):
+        known = results["methods"][row["method"]]
+        for key in ("probe_nmse", "probe_nmse_noise", "probe_nmse_decorrelated", "leakage_r2"):
+            assert float(row[key]) == known[key] != float(other[key])
 
 
 def test_one_flipped_byte_ends_a_run_before_anything_is_made_of_it(copied, capsys):
     """Of a result, of an array; and a result that was copied from another's."""
-    flags = ["--preset", "smoke", "--out", str(copied.parent)]
+    flags = [*FLAGS, "--out", str(copied.parent)]
     masks = next((copied / "cache").glob("record-video-*/heldout/masks.npy"))
-    lapo, ours = (next((copied / "cache").glob(f"lam-{n}-*.pt")) for n in ("lapo", "masklam"))
-    probe = next((copied / "cache").glob("probe-lapo-*.pt"))
-    for path, content, named in ((probe, flipped(probe.read_bytes(), 99), "damaged"),
-                                 (ours, lapo.read_bytes(), lapo.name),
-                                 (masks, flipped(masks.read_bytes(), 5000), "damaged")):
+    probe = min((copied / "cache").glob("probe-lapo-*.pt"), key=os.path.getmtime)
+    lapo, ours = (min((copied / "cache").glob(f"evaluate-{name}-*.pt"), key=os.path.getmtime)
+                  for name in ("lapo", "masklam"))  # the first: other tests' runs have added some
+    for path, content, named in ((masks, flipped(masks.read_bytes(), 5000), "damaged"),
+                                 (probe, flipped(probe.read_bytes(), 99), "damaged"),
+                                 (ours, lapo.read_bytes(), lapo.name)):
         good = path.read_bytes()
         rewrite(path, content)
         before = snapshot(copied)
-        assert masklam.main([*flags, *(["--until", "lam"] if path == ours else [])]) == 2
+        assert masklam.main(flags) == 2
         (line,) = masklam_lines(capsys.readouterr().err)
         assert str(path) in line and named in line and "--fresh" in line
         assert snapshot(copied) == before
@@ -1847,14 +1890,14 @@ def test_what_killed_runs_have_left_is_removed(copied):
     left = [copied / "results.json.1.tmp", copied / "cache" / "lam-lapo-1.pt.99.tmp"]
     for path in left:
         path.write_bytes(b"half")
-    flags = ["--preset", "smoke", "--until", "record", "--out", str(copied.parent)]
+    flags = [*FLAGS, "--until", "record", "--out", str(copied.parent)]
     assert masklam.main(flags) == 0
     assert not any(path.exists() for path in left)
 
 
 def test_a_second_run_on_one_folder_says_that_there_is_another(copied, capsys):
     before = snapshot(copied)
-    flags = ["--preset", "smoke", "--out", str(copied.parent)]
+    flags = [*FLAGS, "--out", str(copied.parent)]
     with masklam.own_folder(copied, SMOKE, False):
         for more in ([], ["--fresh"]):
             assert masklam.main([*flags, *more]) == 2
@@ -1864,7 +1907,7 @@ def test_a_second_run_on_one_folder_says_that_there_is_another(copied, capsys):
     assert masklam.main([*flags, "--until", "record"]) == 0
 
 
-@pytest.mark.parametrize("flags", [["--help"], ["--preset", "smoke"]])
+@pytest.mark.parametrize("flags", [["--help"], FLAGS])
 def test_a_closed_pipe_ends_a_run_quietly(flags, copied):
     """As `| head -1` closes it, here before the first word."""
     out, into = os.pipe()
@@ -1878,9 +1921,9 @@ def test_a_closed_pipe_ends_a_run_quietly(flags, copied):
 @pytest.mark.parametrize("stage, limit", [("record", 500_000), ("lam", 5_000_000)])
 def test_a_disk_without_room_gets_one_line_and_loses_nothing(stage, limit, copied):
     """As many bytes as a file may have: too few for frames, and for the weights of a network."""
-    flags = ["--seed", "1"] if stage == "record" else ["--latent-dim", "8", *QUICK]
+    flags = ["--seed", "1"] if stage == "record" else ["--latent-dim", "8"]
     before = snapshot(copied.parent)
-    done = run("--preset", "smoke", "--until", stage, "--out", copied.parent, *flags,
+    done = run(*FLAGS, "--until", stage, "--out", copied.parent, *flags,
                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     (line,) = masklam_lines(done.stderr)
     assert done.returncode == 2 and "File too large" in line and "Traceback" not in done.stderr
@@ -1893,13 +1936,13 @@ def test_a_disk_without_room_gets_one_line_and_loses_nothing(stage, limit, copie
 def test_a_killed_run_goes_on_where_it_stopped(smoke, tmp_path):
     """SIGINT while recording; the second run ends with the numbers of an uninterrupted one."""
     folder, _, uninterrupted = smoke
-    process = start("--preset", "smoke", "--out", tmp_path)
+    process = start(*FLAGS, "--out", tmp_path)
     wait_for(lambda: list(tmp_path.rglob("training/length.npy")))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "goes on from here" in errors and "Traceback" not in errors
-    assert run("--preset", "smoke", "--out", tmp_path).returncode == 0
+    assert run(*FLAGS, "--out", tmp_path).returncode == 0
     results = json.loads((tmp_path / folder.name / "results.json").read_text())
     assert results["methods"] == uninterrupted["methods"]
 
@@ -1927,15 +1970,13 @@ def group_is_gone(process):
     return False
 
 
-def test_kills_at_random_moments_change_no_number_and_leave_nothing(tmp_path):
+def test_kills_at_random_moments_change_no_number_and_leave_nothing(smoke, tmp_path):
     """Politely while it records, and then without mercy when networks have begun to be trained."""
-    flags = ["--preset", "smoke", "--eval-steps", "20", "--batch-size", "8", "--lam-updates", "12"]
-    whole, folder = tmp_path / "whole", tmp_path / "killed" / "cheetah-smoke-low-0"
-    assert run(*flags, "--out", whole).returncode == 0
-    begun = {signal.SIGTERM: lambda: folder.exists(),
-             signal.SIGKILL: lambda: list(folder.rglob("mask-masks-*.pt"))}
-    for number, moment in zip(begun, np.random.default_rng().uniform(0, 6, 2)):
-        process = start(*flags, "--out", folder.parent)
+    folder, begun = tmp_path / smoke[0].name, {
+        signal.SIGTERM: lambda: folder.exists(),
+        signal.SIGKILL: lambda: list(folder.rglob("mask-masks-*.pt"))}
+    for number, moment in zip(begun, np.random.default_rng().uniform(0, 5, 2)):
+        process = start(*FLAGS, "--out", tmp_path)
         wait_for(begun[number])
         time.sleep(moment)
         process.send_signal(number)
@@ -1943,8 +1984,7 @@ def test_kills_at_random_moments_change_no_number_and_leave_nothing(tmp_path):
         expected = 130 if number == signal.SIGTERM else -signal.SIGKILL
         assert process.returncode == expected and "Traceback" not in errors, (moment, errors)
         wait_for(lambda: group_is_gone(process), 10)
-    assert run(*flags, "--out", folder.parent).returncode == 0
-    expected, results = (json.loads((path / folder.name / "results.json").read_text())
-                         for path in (whole, folder.parent))
-    assert results["methods"] == expected["methods"]
+    assert run(*FLAGS, "--out", tmp_path).returncode == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert results["methods"] == smoke[2]["methods"]
     assert not [p for p in folder.rglob("*") if p.suffix in (".tmp", ".partial")]
