@@ -97,8 +97,8 @@ class Config:
     seed: int = option("record", 0, "of everything random in the run", 0, 10**6)
     distractor: str = option("record", "low", "what else moves", choices=DISTRACTORS)
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
-    episodes: int = option("record", 500, "recorded for training", 4, 10**6)
-    heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 10**6)
+    episodes: int = option("record", 500, "recorded for training", 4, 250_000)
+    heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 250_000)
     steps: int = option("record", 100, "per recorded episode", 8, 1000)
     demonstration_noise: float = option("record", 0.1, "largest in every other episode", 0, 9)
     exploration_noise: float = option("record", 1.0, "times the task's, in the others", 0, 9)
@@ -196,18 +196,32 @@ def load_torch(path):
     return payload
 
 def save_json(path, value):
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path} would have a number that is not finite") from error
     with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(text + "\n")
 
 def array_checksums(folder) -> dict:
     """{path in the folder: CRC-32} of all its arrays."""
-    return {str(path.relative_to(folder)): zlib.crc32(np.memmap(path, mode="r"))
-            for path in sorted(folder.rglob("*.npy"))}
+    sums = {}
+    for path in sorted(folder.rglob("*.npy")):
+        checksum = 0
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                checksum = zlib.crc32(part, checksum)
+        sums[str(path.relative_to(folder))] = checksum
+    return sums
 
 @functools.cache
 def check_arrays(folder):
     """UserError unless a folder's arrays are what its checksums.json says; once a process."""
-    known, found = json.loads((folder / "checksums.json").read_text()), array_checksums(folder)
+    try:
+        known = json.loads((folder / "checksums.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder / 'checksums.json'} is damaged; pass --fresh") from error
+    found = array_checksums(folder)
     for name in known:
         if known[name] != found.get(name):
             raise UserError(f"{folder / name} is damaged; pass --fresh")
@@ -859,11 +873,12 @@ def servo(model, reach, stiffness=2.0, damping=0.05):
     model.actuator_forcerange[:] = np.stack([-torque, torque], 1)
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     model.opt.timestep = TIMESTEP
-    return (pose - middle) / reach * high
+    return np.clip((pose - middle) / reach, -1, 1) * high
 
 def bare_env(task: str):
     """A task's environment without wrappers and time limit; it observes the state."""
     mujoco.set_mju_user_warning(lambda _: None)  # models' deprecations, also to ./MUJOCO_LOG.TXT
+    gym.logger.min_level = gym.logger.ERROR  # and environments'
     entry = get_task(task)
     env = gym.make(entry.env_id, disable_env_checker=True, **entry.options).unwrapped
     env.rest = np.zeros(env.action_space.shape)  # the action that asks for the initial pose
@@ -1244,12 +1259,11 @@ def record(config, folder, pmap=map):
     folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
     heldout whose background no longer follows the action (rho = 0). pmap: a pool's map.
     UserError where the disk has no room, or the simulation goes astray."""
-    env = make_env(config)
-    _, info = env.reset(seed=0)
-    sizes = env.action_dim, len(info["state"]), Backdrop.D
+    env = state_env(config.task)
+    sizes = env.action_space.shape[0], env.observation_space.shape[0], Backdrop.D
     episodes = dict(training=config.episodes, heldout=config.heldout_episodes,
                     decorrelated=config.heldout_episodes)
-    frame_bytes = 4 * config.frame_size**2 + 4 * (env.action_dim + 1 + sum(sizes))
+    frame_bytes = 4 * config.frame_size**2 + 4 * (sizes[0] + 1 + sum(sizes))
     need = sum(episodes.values()) * config.steps * frame_bytes
     free = shutil.disk_usage(folder.parent).free
     if not folder.exists() and need > free:
@@ -1976,6 +1990,13 @@ def run_sweep(config, name, folder, device, pool):
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
+def masks_source(config) -> str:
+    """--masks, or what "auto" stands for on this disk."""
+    if config.masks != "auto":
+        return config.masks
+    found = config.sam_checkpoint or sam_path(config.sam_model).exists()
+    return "sam" if found else "simulator"
+
 def check_config(config: Config, given=()):
     """UserError unless all fields are allowed, fit together, and those given by name matter."""
     for f in fields(config):
@@ -1988,8 +2009,9 @@ def check_config(config: Config, given=()):
             if low is not None and not (math.isfinite(v) and low <= v <= high):
                 raise UserError(f"{flag(f.name)} is {v}; allowed: {low} to {high}")
 
-    useless = dict.fromkeys(("sam_model", "sam_checkpoint"), config.masks not in ("auto", "sam"))
-    useless |= dict.fromkeys(("keyframes", "student_updates"), config.masks == "simulator")
+    masks = masks_source(config)
+    useless = dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
+    useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
     useless |= dict(correlation=config.distractor == "none", blocks=config.patch > 1,
                     background_weight="masklam" not in config.methods)
     for name in given:
@@ -1997,6 +2019,9 @@ def check_config(config: Config, given=()):
             raise UserError(f"{flag(name)} has no effect with the other settings; leave it out")
     if len(set(config.methods)) < len(config.methods):
         raise UserError("--methods names one twice")
+    if not config.demonstration_noise and not config.exploration_noise:
+        raise UserError("--demonstration-noise and --exploration-noise are 0; the probe of the "
+                        "noise needs one of them")
     check_sizes(config)
     check_task(config)
 
@@ -2011,13 +2036,14 @@ def check_sizes(config):
         if config.frame_size % stride:
             raise UserError(f"--frame-size is {config.frame_size}; allowed: multiples of {stride} "
                             f"(--patch, and a halving for each of {flag(name)})")
-    if config.masks != "simulator" and config.frame_size % 16:
-        raise UserError(f"--frame-size is {config.frame_size}; allowed with --masks "
-                        f"{config.masks}: multiples of 16")
+    masks = masks_source(config)
+    if masks != "simulator" and config.frame_size % 16:
+        raise UserError(f"--frame-size is {config.frame_size}; allowed with --masks {masks}: "
+                        "multiples of 16")
     if config.labels > demonstrated(config):
         raise UserError(f"--labels is {config.labels}; allowed: 10 to {demonstrated(config)}, the "
                         "transitions of the demonstrations, half of --episodes times --steps")
-    if config.masks != "simulator" and config.keyframes > config.episodes * config.steps:
+    if masks != "simulator" and config.keyframes > config.episodes * config.steps:
         raise UserError(f"--keyframes is {config.keyframes}; allowed: 4 to "
                         f"{config.episodes * config.steps}, all frames")
 
@@ -2026,15 +2052,18 @@ def check_sweep(config, options, given):
     if options.seeds or options.until != "report":
         raise UserError("--sweep takes one --seed and no --until")
     for changes in SWEEPS[options.sweep]:
-        if set(changes) & set(given):
-            raise UserError(f"{flag(min(changes))} is what --sweep {options.sweep} changes")
+        both = set(changes) & set(given)
+        if both:
+            raise UserError(f"{flag(min(both))} is what --sweep {options.sweep} changes")
+    if options.sweep == "correlation" and config.distractor == "none":
+        raise UserError("--sweep correlation has no effect with --distractor none")
 
 def check_task(config):
     """UserError unless the task is an environment whose agent the masks would show."""
     try:
         env = Distractors(bare_env(config.task), "none", camera=get_task(config.task).camera,
                           size=config.frame_size)
-    except (gym.error.Error, ImportError, AttributeError) as error:
+    except (gym.error.Error, ImportError, AttributeError, IndexError) as error:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
                         f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
     _, info = env.reset(seed=0)
@@ -2089,6 +2118,9 @@ def parse(argv):
         raise UserError("--seed has no effect with --seeds; leave it out")
     if options.sweep:
         check_sweep(config, options, chosen)
+    useless = set(chosen) - {"task", "seed"} | ({"seeds"} if options.seeds else set())
+    if options.train_expert and useless:
+        raise UserError(f"{flag(min(useless))} has no effect with --train-expert; leave it out")
     if not options.train_expert and config.task not in EXPERTS:
         raise UserError(f"--task {config.task} has no expert: search one with --train-expert, "
                         "and put the entries that it prints into TASKS and EXPERTS")
@@ -2111,6 +2143,7 @@ def resolve_masks(config):
 def own_folder(folder, config, fresh):
     """Make a run's folder, emptied if `fresh`, and hold it: no two runs write to one."""
     cache = folder / "cache"
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
@@ -2123,6 +2156,10 @@ def own_folder(folder, config, fresh):
             yield
     except Timeout:
         raise UserError(f"another run is at work in {folder}: wait, or pass --out") from None
+    except UserError:
+        if made and not any(cache.glob("*-*")):  # nothing was done: leave nothing
+            shutil.rmtree(made[-1])
+        raise
 
 def run_seeds(config, options, pool):
     """Run one seed, or --seeds of them, and print their tables."""
@@ -2173,7 +2210,7 @@ def main(argv=None):
         if "alloc" not in str(error):  # how PyTorch says that it has no memory left
             raise
         message = f"out of memory ({first_line(error)}): smaller sizes, or fewer --episodes"
-    print(f"masklam: {message}", file=sys.stderr)
+    print("masklam:", " ".join(message.split()), file=sys.stderr)
     return 2
 
 
