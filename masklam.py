@@ -1334,7 +1334,6 @@ def load_sam(model: str, file: str, device):
                         f"({first_line(error)})") from error
 
 @torch.no_grad()
-
 def segment(predictor, frames: np.ndarray, points=None, labels=(1,), checkpoint=None):
     """SAM's candidates for frames (n, H, W, 3) u8: masks (n, 3, H, W) bool, its own IoUs (n, 3).
 
@@ -1405,11 +1404,11 @@ def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
     return student.eval()
 
 @torch.no_grad()
-
 def student_masks(student, frames: np.ndarray) -> np.ndarray:
     """The student's soft masks (n, H, W) u8 of frames (n, H, W, 3) u8."""
     device, masks = next(student.parameters()).device, []
-    for start in tqdm(range(0, len(frames), 128), "masks", leave=False, disable=len(frames) < 999):
+    for start in tqdm(range(0, len(frames), 128), "masks", leave=False,
+                      disable=len(frames) < 999 or None):  # None: shown on a terminal only
         part = torch.from_numpy(frames[start:start + 128, None].copy())
         with autocast(device):
             logits = student(to_float(part.to(device)))
