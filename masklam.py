@@ -2289,47 +2289,70 @@ def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, p
     return best, unseen
 
 def to_literal(expert) -> str:
-    """A linear policy (A, 1 + S) as text, a byte a weight: eight-bit floats in base 85."""
-    small = torch.from_numpy(expert).to(torch.float8_e4m3fn)
-    return base64.b85encode(small.view(torch.uint8).numpy().tobytes()).decode()
+    """A linear policy (A, 1 + S) as text: float16 in base 85."""
+    return base64.b85encode(expert.astype(np.float16).tobytes()).decode()
 
 def from_literal(literal, actions) -> np.ndarray:
     """What `to_literal` wrote, (A, 1 + S) f64."""
-    small = torch.frombuffer(bytearray(base64.b85decode(literal)), dtype=torch.float8_e4m3fn)
-    return small.double().reshape(actions, -1).numpy()
+    weights = np.frombuffer(base64.b85decode(literal), np.float16)
+    return weights.reshape(actions, -1).astype(float)
 
 EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
     "cheetah":
-        "ufdt9q_v`~I+Cgdk^!BKgbk{^tsV@SA*!?*p`8v92m}g-thX7br7)|bE`gvS5}=xh0f?^48J4jttg@(_tR|5imI8>7"
-        "n5=}ZD5|lvK$4{qo1d7Ekd+`b6{(xBsjo7Yq6G>bgn^5Y",
+        "fVY6afUE$t0J4C(0I>kJ06hSy0JQ)i0I2{NfUbb10HA;-0JQ+VfVKcH049K}fG_~H0J;DzfUtnB04IPb03-k)03`sT"
+        "0Jea;fGmKsfU*EMfVF_J05<@b0I+~C04V^l0IdL|02lzI0Jng}fGhy3fVhA)0JZ?R0JH$E0JZ=#fT(~j0IL8T0Hgq@"
+        "0IUGE0H6T305kx#fVcp<06+k#fU<xnfUSV90IYzg0H}bf05AYLfGU8rfUN+yfV6<O0674w0I>ie03`q~0H6SvfTaMa",
     "hopper":
-        "x;>_bsVX6&pN0Viv^uyzn=_%Yk(LYx$VtLPs4%mq7n2$l",
+        "0KI@d0J8w1fV2QLfG_~DfUf|e02lxv0J;D@0K5P|fUSTzfUtnLfT#eg044w<0K|Yq0Kou40JH!&fVqIPfGdEh04;zj",
     "walker":
-        "yE&i2u^1q&IU$sy8H54`3lv4fFS4JoyECaVxfvD@ilh@6&r7`mxf`w}K&ptF85V+t6e3N?KR7lvs3pBFnh_X|i3*&F"
-        "%t@}GlsdqyLZGviB#$4W5hK)6!nC+BsjDchnVlz+A)x~s",
+        "fW3e`fUf|-fVcoG05E{IfINUO0IC47fGhx@02}}!fF%GbfI<MmfHwfSfUf|!fW3e@fV6-(fV_Y#04sne0Hpx3fGL11"
+        "fX9GEfW816fV_Y$0JnfL06+k>0HlDefGhwj0Gt4!04e}6fJOksfIk2{06PFX0JMNIfW81X0Ih&104xBffTRE=0Iq<f"
+        "0LFks0Ji|J0IC2z0KfpY06_q-fVqIG05X85fG+^CfGB`50LlPK0Kovd0K5P=fV6<M05pKMfUJP7fHMH8fG~it03LuX",
     "swimmer":
-        "B|0{|voNS47oMg$tSuv^9UA",
+        "fHD9*06PG_fVluT0JH!xfGYs60JDHR0JeZOfH45GfG&V7",
     "ant":
-        "zCkg<FsP#`BsZ?70}TM7C>NEGgB1uC0g{A+sX(kWst~818xk5bA)*=*9F80yijI>I3kH`HGr6a`GP9ehF)y&M9w8}`"
-        "o|zbfjS+%_ga?Cz!a5<kHJTG5Co!kDsWl%BA%upCj1q^Ekc<otGP#nUN2(KzH>n~kCo7zzpp6lo2Z@i8h!Tekfub?G"
-        "ps1Uos3su@uA>PJl$8(|0}G3c00fH>x;iN^Gb9@_p)nbTEEN<d1`q|95EPpR1sV#NvbHZWFrX)%4KA>=o-rVoq!0$3"
-        "0|W_#2LK3^",
+        "0Kb4hfH(lb05|}&fU$ry05X6(0Jng%03LuQ004ln05pIrfT{qf0G@y<03-k_02lzN0H6S#fV2QW0JZ=+0JQ)pfU^Lv"
+        "fGq$i04;zyfG_~D04)G104@Nh04@M90Hpw@fT;i|fF%GTfUAHhfH{D?fU|(T06BoUfUSVEfH;6R0Jwm+055<rfHVN9"
+        "0Iz_o04xBWfTn;b0Gt4x0H6RP0G<Gz0Kot~fG_~PfI0xJfGGemfHQzNfU|(RfV6-*fG>b1fG_}{0HOe;0Hy#b0HXk@"
+        "0H^?_044w@06BoX0I7hlfI|SafGL2cfIEP+05O0yfHQzK0Iq<s0I-0jfGB{j03(2;fTsYd0HgpZ0HXjV0GI%=fH(lX"
+        "0I&eGfUN+r0JH!zfG_|g0Jng#fFyt>0IGnh04M+~03LuPfTaMY0000WfTe&a0KEV`fHVL&fH?p%fGq$yfUtl#fGhx_"
+        "05*Us04jhp03rY=03iUZ04M+|fUN)`03iS^03`sd0J#9WfHwd+05|}!fHMHEfF=Mp0Jwm;0Iz^J05E{70I~om03v{{"
+        "03HA!fFuB*03!eZ03-ma",
     "humanoid":
-        "IYYt#s{jDW0I8`0o2se;n=BWhteByn02}~{005%^3j~LO3j~LO1rdmak%#~Q002S&IRL2uq5y;d0L1{s0I2{a0Gylv"
-        "07L*Py#TVdtR#UqEu;aBpo5K|0{|`nl>h>i00shu2ZDkIhXIES1cwZS5UZP$0K@>J03`sW0H!DaIRGR8vH&9hivR#i"
-        "0HHGguez#<qdO}JBdi{ZtR4ygssJqj7!&}EjD>}Q3<U)O1p|o%0|_b-nJxfB03-me02Tm{qW~lTDgY_~002iD#l0r6"
-        "C$*`pB%KqosxBg?og%BB7$gv<Cj^-V8HfWG3ImRifq{{Rh=GuUoROs)OE)>4lp!I8n5GHNG%lea8;B8s#XvYTLmsKR"
-        "qNK5>r7i*;nx>+o0;Qc8jwL4|n1~{ffSCaYjRpaR5d?w~jtL?aqLWC;J(;dBBp(VJojE)*p{5>~6&}VNLa9omq$w7y"
-        "m9Qi(o}!i*50eWUqMVVem?#c{AqD{hl?H-?7KMfq42O(@k13@q$wQ$e0w#_YktdKnysRXvs~C@hOti|Kva+qYq_~Tw"
-        "nWVI^q9`7k86cJ-rm&cs6bhOFnU4aBkd^@jj0*!3h6@lSAS)p~C7dD?B#59SEW5KaDyuIN2bV`1#XTl5r?n}vsx2a{"
-        "C7ly19~dSbA|#Nfrvw>=83>M$fq?@T3IhQUgAoRZ91$g(OSd^4l%XL8m?nwNv@Rhan~0Ht#XvZ;L!K$RA}#?Onx(R+"
-        "rGh1$CL*I44kf1|7ziQ|j0ORQfSCaYk`4)xgo2`#A`?hSJsGaBB%cbK9XY%*A*P;~l^(_&LMcilBq^3HouZblmars?"
-        "o1&PHlbjK(7$}YcA%=p37KH%=l?De4f(DWe52+=q$-|+f0;Z0Zk*5$nJglUvD;N)gOti`!vNA2XB&4&jqPdKwnVF!L"
-        "sGgc4Ca@Trl!}^xkd*-inU4aAk_HP5ivy6QpsOLhB^)A?BnY6Sth+Nas;jROhnK@VK{+ujoV>3hsS%T%rJ|a!EE6&Y"
-        "DH<i3Bn1Kjod%2*lz{?*f`gb7fr66_D;1HVsZ1(_B9n%m8y^Nt!^9x0E25bfO1;8Fxs03%7#gyjgR{1rBCe(alO!LW"
-        "r<tW7907?3g9V2O5)Y7vl9hy+3WBYWAt@-s!<;M?tP_wTr$4|zkf5WSmY~6@M6JCKs;e-hf|?;HAr~Z?533=L8Wx?a"
-        "qZ*qJjscPm1q=&<27(!pk_3bVDGGv?t|>Q~1S}p5j*Oy4Lb4RKs2_q9L%hK`u`HZCuN)*I8loza6EX#<uq>0BB^o4!"
-        "0s<Wdf&u~q43-oDf|HGy6agz0k)kO~s)VAG2A-QA2F$}mAS^2)nU~2uLPR-?oQW7SH5;OuG9CkyBcHCOf*z+CrJx)E"
+        "xjcYD8^HhoS+xKF004@_006VJm$XG2gRS1Q*0gpTg{?9+nk$R2IkwuXlCY?+008$b000A}00000f3W}nTqPAB{-Pk4"
+        "fhAfW@1g;h>L9Kt#iRP5vZ(T-00000000008$kd7nmhmiv$OyJz_0)SJD>mn002h9003&j006qQ004|K000KA2(ADC"
+        "001&V007lAN4@|6-?#|71GWz`<C#c1RW>-X<r!M0(XZ*AVx|hP^&S8KEH?lEnW_K)<r)vF002ZHof~$c+ads((wnOx"
+        "&7$TR{h}TwS|1goBPN8OASidWNv(#d007Uy002X=003$-002j_008i^(=z}7usi?&-Z20G)3^WtTQL9tTBQI0005jt"
+        "002|4OgR7mnYS&yA+?00q_JE*XEmcFrZEP#-7Yev4Yn39Iwb%A@3a5_jy3=QEiCgX008Bs^`$MLVWB*m9wuNRRUsW4"
+        "KOxs1Yot*j+#ZD_^faX?U98JC002lq008?j007Ij000;(008NyrLh12)G+`63^f1%(lh`7M+^V}XhUKxX2NT}`7%zp"
+        "eKUo+iL~Rj3^HP_gemp72({uiBQX=RcCOkmbhUo3^eZ_s1t^fSr!yfRm8@1FQ7p8hXdO2z79~&~7N-}eDV5-td8pr^"
+        "#-oy$2&hV)<*lfwXR>%LLPfYceLPpL2&zIbOE7(+>8l;HZ6wjg@j3Q3aIgq4u`QRQttj-CTf!kgBs@1ddO_YUgR}y@"
+        "DX|N(mbj*~qOt-vFB)Mk+pO!d-LQnQp&Gcdey;H=;iiHzLNhfn=&K8)*DxKZtC4A}nHk(7TBc_r3mJ`}c_<Gcy_^jx"
+        "+NPBxAThcs(6F<q_(P<`K|Z0Z61V&}B{HBd93`_YT&|ov(LLWdcd#zA(=G_CV=4zP%EE~*9YJ5T_CzDHEV5%X`zm0z"
+        "w5sj5Gcw*b3$OIBKC8+rekX9Lp(SuF>##hobEx69Dy;uAF(=2Idobf6NExmjn5ym}2AuPr5GzZe?x6)KIwmip#-&r7"
+        "m8V-Ywz9G{b;LwLov`pRy&D!Y>!#!?v8Zq}@ux&S4Zc0L%rTm^u(j_im!~kA<VC}|55>2xz_=T^X10vHAhIO9iKPRx"
+        "M6CL;%(*1E-mva7-!9&)S1c1S(yG-k`m*7-53FsiIVv6{F0GjvQmk~RsT|0p5vcd72p1?J>7_^|3LQZyoS}~;#V1iR"
+        "F)(X2hcJmgSTgag+c3T<^f3dZ(ytdX9yV~jb-BAa4mD!6LpSUw!y;p=UPEFnX2NSe`7%y8eY1tSi8RW%$F#LJAu$=Y"
+        "UNVlZhAC||K`-Yk8#Amf;V?Ne1*nj-r?Vj+l`K}FQ7p70=BDANG?f9EksW<23neukf*1uTC!UEY<RSB;<t?ZvXEJ!L"
+        "LPfZ{eLPn#2&zJ`OE7&R>8l+xZKTo0@wxUka4-lkv8|V*t*G>tWWpgpBs@2|dO_Z<gERuYDKW)1-x)V9*{njc)wtWU"
+        "rLvitf--Zi^D+i8jj{17;U<DILbEk7=qn2(*DxI@Fs3Ua78$0Y(vg#_jv2oq{HWC?dnAac5}??eAhEit&@i(p_(P;b"
+        "K|Y}@61V)fB{HC|93``@TrQkE(Y@a|cQ7uq)2;}tW2y%)!orCz9YJ3-_CzBxEHYy>`>LTfu&&dvJFA+u533QlHZq%~"
+        "M6Khn)T_Lwd8s_Eb131pDlGpqF{j5Idobgn)tj=OA1h;_Y#HSpimKEh7bC(YI-CL`38`Ktl_y)YwlcD{b;Lx$ov`q+"
+        "y&D#@>!#$Yv8Zsf@h3z+4L&`#%(0raur=>1mnSfq$VJ1s55>1Gz_=SZW;TqxATq_Vfw>8|-LOi$)ul7DMXXY+<gdr7"
+        "_p=$V=B(8)`ZD3S4=io1IjSC|F0GlF>!-D<7Z*PvaIC$jpB%HKFR7Rza3%dEOr<9s#ivoSF|cd3hcJo0STgY~+c3VV"
+        "^f3b@(yte?9=343bve5^4z*&nL$~ZG!=huWfx#a>Pe6G*U^qE8-L1{NM7IDjkF>cctEqIZOtL<)0j(&w{xz2=2RV}="
+        "gftE<sWLIGF*0l+Q5^6aw60Df1E#ksC91EMO&Z^vESesk7p%Q0pq8baU#XKOe>JHpOsE;LTeSH_-83bjJTZBxzM(*`"
+        "tu1^nWg-wpn87c?F)%u|Z#BxWO{`oi(L|-bAHnNEioC$3$E~#_z$*zY$GEkwx1NT%^t!{X!Z0Ma(6aL!YpKsMb1yxw"
+        "f3te5fU+Dg9WFT(wWOpX!=0KSmZG~O>L`aN6sQZM#i*>RU!Z)f&?JMKR<_5dd@!Lj-7{RlOTqW8&ox#m54NT$?x*lD"
+        "ShG(*Hoz4?I;cCagRv^E0IN8#vA|EXEkcpDXTH2A*0gN3@i+CcJe&=!YcL!%S}<BG6*9oAyC;veqcHxa(<~V)u&%nb"
+        "ps_kFZ>?n~I;ZUw!>9@;#~|A!RV7fH2qJ!(fh={X*{B8}NuNI;jWi-94xALLAGfG9Sv&5mYak0YA}`z}%%&8k)Uf?R"
+        "Izi*O^C?2Q`m?ex)|%xhZ$TfvPr!LRV7NIp-L1_%M7KLG`!O6b|12%B%{1AlttkOHW+8pFEx0i@ps5b6sWLGwF*0nS"
+        "Q5^6av@T8}Bbu=sIvP11EGGD>7%Gw$m7H6tZl)%z!70WTe>JHpOsE;LTQvDa-Lxg3Jh6GHz9B%bt*v}7Wg-y9n87bX"
+        "F)%tdZ#Bv=O{`q2zr>|JA3^Iuiafxj$E~%bz$;ccnL3;;z_2&12|42~x*lYypfP8!EVlx)`<y*5f3tclfU+F09WFT("
+        "wIrk>$*4f59VjXz>mA3Si6WY#ZLG{BSsT@;uc~+;R<_5dd@!Lj-LqW5OF{Ro&$U)64>qPL?kDgtShG*RHoz6YI;cA^"
+        "gRv?u0IN7Kw7^faEkcntXTH3r)--Ij@we|YAuuT`5;7~YcAPM+Z7`j%#U{%v#w`1%n6()zur9i_pfNfvZ!Kk~I;ZWG"
+        "F(nI|6(X9N<fu<4y&%FR@t;H=Cm@ilc_{R#jkF@A4jdFKAGfHqSv&45Yak1@A}`#f%%&73)G+-*I>F<(^Ql6*`ZKaG"
+        ")*9t0",
 }
 
 if __name__ == "__main__":
