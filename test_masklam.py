@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -516,14 +517,18 @@ def test_a_recorded_number_that_is_none_is_an_error(tmp_path, monkeypatch):
 
 
 def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
-    masklam.record(replace(TINY, steps=40), tmp_path)
+    masklam.record(replace(TINY, episodes=12, steps=40), tmp_path)
     video = Video.open(tmp_path / "training")
     noise = video.actions - video.intended  # what clipping has left of it
-    inner = (abs(video.intended) < 0.5) & (abs(video.actions) < 1)
-    quiet = video.demonstration[:, None, None] & inner
+    quiet = video.demonstration[:, None, None] & (abs(video.actions) < 1)
     assert abs(video.intended).max() <= 1
     assert noise[quiet].std() < TINY.demonstration_noise
-    assert noise[inner & ~quiet].std() > 0.5 * masklam.TASKS["cheetah"].noise
+    # As many exploring actions are at their limits as noise of the task's scale takes there.
+    loud = ~video.demonstration
+    scale = TINY.exploration_noise * masklam.TASKS["cheetah"].noise * 2**0.5
+    above, below = ((1 - sign * video.intended[loud]) / scale for sign in (1, -1))
+    expected = np.mean([math.erfc(x) / 2 for x in np.r_[above.ravel(), below.ravel()]]) * 2
+    assert (abs(video.actions[loud]) == 1).mean() == pytest.approx(expected, abs=0.06)
     expert, high = masklam.load_expert("cheetah"), np.ones(6)
     for state, intended in zip(video.states[0], video.intended[0]):
         expected = masklam.expert_action(expert, state, high)
@@ -1851,19 +1856,29 @@ def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, c
 
 
 def test_a_sweep_reuses_what_is_there_and_writes_a_row_for_every_point_and_method(
-        smoke, monkeypatch):
+        smoke, monkeypatch, tmp_path):
     folder, _, results = smoke
-    monkeypatch.setitem(masklam.SWEEPS, "offset", [dict(offset=1), dict(offset=3)])
-    assert masklam.main([*FLAGS, "--out", str(folder.parent), "--sweep", "offset"]) == 0
-    with open(folder / "sweep-offset.csv", newline="") as file:
+    points, compute = [dict(correlation=0.5), dict(correlation=0.0)], masklam.Run.side_by_side
+
+    def side_by_side(run, *given):
+        assert {"videos", "masks"} <= set(vars(run))  # or every worker would record them
+        return compute(run, *given)
+
+    monkeypatch.setattr(masklam.Run, "side_by_side", side_by_side)
+    monkeypatch.setitem(masklam.SWEEPS, "correlation", points)
+    assert masklam.main([*FLAGS, "--out", str(folder.parent), "--sweep", "correlation"]) == 0
+    with open(folder / "sweep-correlation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    points = [(row["point"], row["method"]) for row in rows]
-    assert points == [(f"offset {k}", method) for k in (1, 3) for method in ("lapo", "masklam")]
-    assert (folder / "sweep-offset.png").stat().st_size > 1000
+    assert [(row["point"], row["method"]) for row in rows] == [
+        (f"correlation {rho}", method) for rho in (0.5, 0.0) for method in ("lapo", "masklam")]
+    assert (folder / "sweep-correlation.png").stat().st_size > 1000
     for row, other in zip(rows[:2], rows[2:]):
         known = results["methods"][row["method"]]
         for key in ("probe_nmse", "probe_nmse_noise", "probe_nmse_decorrelated", "leakage_r2"):
             assert float(row[key]) == known[key] != float(other[key])
+    masklam.record(replace(masklam.parse(FLAGS)[0], masks="simulator", correlation=0.0), tmp_path)
+    recorded = [json.loads(path.read_text()) for path in folder.rglob("record-*/checksums.json")]
+    assert json.loads((tmp_path / "checksums.json").read_text()) in recorded
 
 
 def test_one_flipped_byte_ends_a_run_before_anything_is_made_of_it(copied, capsys):
