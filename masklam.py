@@ -1964,8 +1964,9 @@ def run_sweep(config, name, folder, device, pool):
         methods = ("masklam",) if name in ONE_METHOD and i else config.methods
         run = Run(replace(config, **changes), folder, device, pool)
         point = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
+        _, _, iou = run.masks  # recorded here, or every worker would
         if name == "masks":
-            point += f" (IoU {run.masks[2].get('training', 1.0):.2f})"
+            point += f" (IoU {iou.get('training', 1.0):.2f})"
         run.side_by_side("lam", methods)
         found = run.side_by_side("probe", methods)
         if name == "labels":
