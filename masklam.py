@@ -160,11 +160,6 @@ class UserError(Exception):
 def first_line(error) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:100]
 
-def generator(*purpose) -> np.random.Generator:
-    """Random numbers for (seed, purpose, ...): the same arguments give the same numbers."""
-    words = [p if isinstance(p, int) else zlib.crc32(p.encode()) for p in purpose]
-    return np.random.default_rng(words)
-
 @contextlib.contextmanager
 def written_whole(path):
     """A temporary path to write to; it takes path's place, on disk, only if nothing failed."""
@@ -230,6 +225,11 @@ def check_arrays(folder):
 # ==== 3. Video [record] ===========================================================================
 # In: episodes in memory-mapped arrays. Out: index arithmetic that cuts training windows from them.
 # Everything that learns learns from here, whether the video was recorded (section 11) or one's own.
+def generator(*purpose) -> np.random.Generator:
+    """Random numbers for (seed, purpose, ...): the same arguments give the same numbers."""
+    words = [p if isinstance(p, int) else zlib.crc32(p.encode()) for p in purpose]
+    return np.random.default_rng(words)
+
 @dataclass
 class Video:
     """Episodes: frames[e, t] is what the agent sees when it chooses actions[e, t].
@@ -608,6 +608,13 @@ def laom_loss(networks, stacks, next_stack, step, decay=0.999):
     prediction = networks["fdm"](torch.cat([obs, z], 1))
     return F.mse_loss(prediction.float(), wanted.float())
 
+def labelled_windows(config, windows: Windows) -> np.ndarray:
+    """Windows (n,) whose actions may be seen: whole demonstrations, drawn at random."""
+    demonstrations = windows.demonstrations()
+    order = generator(config.seed, "labels").permutation(len(windows.video.length))
+    place = np.argsort(order)[windows.e[demonstrations]]
+    return demonstrations[np.argsort(place, kind="stable")][:config.labels]
+
 def train_lam(config, windows, method, labelled=None, checkpoint=None):
     """Train a method's networks, or a reference's, on windows -> (networks, history of `train`).
     True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
@@ -749,13 +756,6 @@ def regress_few(config, network, inputs, targets, rows, lr, text):
     network.load_state_dict(fresh)
     history = fit(rows=rows, stop=stop)
     return network.eval(), history
-
-def labelled_windows(config, windows: Windows) -> np.ndarray:
-    """Windows (n,) whose actions may be seen: whole demonstrations, drawn at random."""
-    demonstrations = windows.demonstrations()
-    order = generator(config.seed, "labels").permutation(len(windows.video.length))
-    place = np.argsort(order)[windows.e[demonstrations]]
-    return demonstrations[np.argsort(place, kind="stable")][:config.labels]
 
 def make_policy(config, outputs):
     """A fresh network from the stack obs to `outputs` numbers, actions or latent actions."""
@@ -2055,6 +2055,8 @@ def check_sweep(config, options, given):
         both = set(changes) & set(given)
         if both:
             raise UserError(f"{flag(min(both))} is what --sweep {options.sweep} changes")
+    if options.sweep in ONE_METHOD and "masklam" not in config.methods:
+        raise UserError(f"--sweep {options.sweep} means nothing without masklam in --methods")
     if options.sweep == "correlation" and config.distractor == "none":
         raise UserError("--sweep correlation has no effect with --distractor none")
 
