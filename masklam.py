@@ -2302,60 +2302,63 @@ def from_literal(literal, actions) -> np.ndarray:
 
 EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
     "cheetah":
-        "fVY6afUE$t0J4C(0I>kJ06hSy0JQ)i0I2{NfUbb10HA;-0JQ+VfVKcH049K}fG_~H0J;DzfUtnB04IPb03-k)03`sT"
-        "0Jea;fGmKsfU*EMfVF_J05<@b0I+~C04V^l0IdL|02lzI0Jng}fGhy3fVhA)0JZ?R0JH$E0JZ=#fT(~j0IL8T0Hgq@"
-        "0IUGE0H6T305kx#fVcp<06+k#fU<xnfUSV90IYzg0H}bf05AYLfGU8rfUN+yfV6<O0674w0I>ie03`q~0H6SvfTaMa",
+        "fVY6afUE$t0J4C(0I>kJ06hSy0JQ)i0I2{NfUbb10HA;-0JQ+VfVKcH049K}fG_~H0J;DzfUtnB04IPb03-k)03`"
+        "sT0Jea;fGmKsfU*EMfVF_J05<@b0I+~C04V^l0IdL|02lzI0Jng}fGhy3fVhA)0JZ?R0JH$E0JZ=#fT(~j0IL8T0"
+        "Hgq@0IUGE0H6T305kx#fVcp<06+k#fU<xnfUSV90IYzg0H}bf05AYLfGU8rfUN+yfV6<O0674w0I>ie03`q~0H6S"
+        "vfTaMa",
     "hopper":
-        "0KI@d0J8w1fV2QLfG_~DfUf|e02lxv0J;D@0K5P|fUSTzfUtnLfT#eg044w<0K|Yq0Kou40JH!&fVqIPfGdEh04;zj",
+        "0KI@d0J8w1fV2QLfG_~DfUf|e02lxv0J;D@0K5P|fUSTzfUtnLfT#eg044w<0K|Yq0Kou40JH!&fVqIPfGdEh04;"
+        "zj",
     "walker":
-        "fW3e`fUf|-fVcoG05E{IfINUO0IC47fGhx@02}}!fF%GbfI<MmfHwfSfUf|!fW3e@fV6-(fV_Y#04sne0Hpx3fGL11"
-        "fX9GEfW816fV_Y$0JnfL06+k>0HlDefGhwj0Gt4!04e}6fJOksfIk2{06PFX0JMNIfW81X0Ih&104xBffTRE=0Iq<f"
-        "0LFks0Ji|J0IC2z0KfpY06_q-fVqIG05X85fG+^CfGB`50LlPK0Kovd0K5P=fV6<M05pKMfUJP7fHMH8fG~it03LuX",
+        "fW3e`fUf|-fVcoG05E{IfINUO0IC47fGhx@02}}!fF%GbfI<MmfHwfSfUf|!fW3e@fV6-(fV_Y#04sne0Hpx3fGL"
+        "11fX9GEfW816fV_Y$0JnfL06+k>0HlDefGhwj0Gt4!04e}6fJOksfIk2{06PFX0JMNIfW81X0Ih&104xBffTRE=0"
+        "Iq<f0LFks0Ji|J0IC2z0KfpY06_q-fVqIG05X85fG+^CfGB`50LlPK0Kovd0K5P=fV6<M05pKMfUJP7fHMH8fG~i"
+        "t03LuX",
     "swimmer":
         "fHD9*06PG_fVluT0JH!xfGYs60JDHR0JeZOfH45GfG&V7",
     "ant":
-        "0Kb4hfH(lb05|}&fU$ry05X6(0Jng%03LuQ004ln05pIrfT{qf0G@y<03-k_02lzN0H6S#fV2QW0JZ=+0JQ)pfU^Lv"
-        "fGq$i04;zyfG_~D04)G104@Nh04@M90Hpw@fT;i|fF%GTfUAHhfH{D?fU|(T06BoUfUSVEfH;6R0Jwm+055<rfHVN9"
-        "0Iz_o04xBWfTn;b0Gt4x0H6RP0G<Gz0Kot~fG_~PfI0xJfGGemfHQzNfU|(RfV6-*fG>b1fG_}{0HOe;0Hy#b0HXk@"
-        "0H^?_044w@06BoX0I7hlfI|SafGL2cfIEP+05O0yfHQzK0Iq<s0I-0jfGB{j03(2;fTsYd0HgpZ0HXjV0GI%=fH(lX"
-        "0I&eGfUN+r0JH!zfG_|g0Jng#fFyt>0IGnh04M+~03LuPfTaMY0000WfTe&a0KEV`fHVL&fH?p%fGq$yfUtl#fGhx_"
-        "05*Us04jhp03rY=03iUZ04M+|fUN)`03iS^03`sd0J#9WfHwd+05|}!fHMHEfF=Mp0Jwm;0Iz^J05E{70I~om03v{{"
-        "03HA!fFuB*03!eZ03-ma",
+        "0Kb4hfH(lb05|}&fU$ry05X6(0Jng%03LuQ004ln05pIrfT{qf0G@y<03-k_02lzN0H6S#fV2QW0JZ=+0JQ)pfU^"
+        "LvfGq$i04;zyfG_~D04)G104@Nh04@M90Hpw@fT;i|fF%GTfUAHhfH{D?fU|(T06BoUfUSVEfH;6R0Jwm+055<rf"
+        "HVN90Iz_o04xBWfTn;b0Gt4x0H6RP0G<Gz0Kot~fG_~PfI0xJfGGemfHQzNfU|(RfV6-*fG>b1fG_}{0HOe;0Hy#"
+        "b0HXk@0H^?_044w@06BoX0I7hlfI|SafGL2cfIEP+05O0yfHQzK0Iq<s0I-0jfGB{j03(2;fTsYd0HgpZ0HXjV0G"
+        "I%=fH(lX0I&eGfUN+r0JH!zfG_|g0Jng#fFyt>0IGnh04M+~03LuPfTaMY0000WfTe&a0KEV`fHVL&fH?p%fGq$y"
+        "fUtl#fGhx_05*Us04jhp03rY=03iUZ04M+|fUN)`03iS^03`sd0J#9WfHwd+05|}!fHMHEfF=Mp0Jwm;0Iz^J05E"
+        "{70I~om03v{{03HA!fFuB*03!eZ03-ma",
     "humanoid":
-        "xjcYD8^HhoS+xKF004@_006VJm$XG2gRS1Q*0gpTg{?9+nk$R2IkwuXlCY?+008$b000A}00000f3W}nTqPAB{-Pk4"
-        "fhAfW@1g;h>L9Kt#iRP5vZ(T-00000000008$kd7nmhmiv$OyJz_0)SJD>mn002h9003&j006qQ004|K000KA2(ADC"
-        "001&V007lAN4@|6-?#|71GWz`<C#c1RW>-X<r!M0(XZ*AVx|hP^&S8KEH?lEnW_K)<r)vF002ZHof~$c+ads((wnOx"
-        "&7$TR{h}TwS|1goBPN8OASidWNv(#d007Uy002X=003$-002j_008i^(=z}7usi?&-Z20G)3^WtTQL9tTBQI0005jt"
-        "002|4OgR7mnYS&yA+?00q_JE*XEmcFrZEP#-7Yev4Yn39Iwb%A@3a5_jy3=QEiCgX008Bs^`$MLVWB*m9wuNRRUsW4"
-        "KOxs1Yot*j+#ZD_^faX?U98JC002lq008?j007Ij000;(008NyrLh12)G+`63^f1%(lh`7M+^V}XhUKxX2NT}`7%zp"
-        "eKUo+iL~Rj3^HP_gemp72({uiBQX=RcCOkmbhUo3^eZ_s1t^fSr!yfRm8@1FQ7p8hXdO2z79~&~7N-}eDV5-td8pr^"
-        "#-oy$2&hV)<*lfwXR>%LLPfYceLPpL2&zIbOE7(+>8l;HZ6wjg@j3Q3aIgq4u`QRQttj-CTf!kgBs@1ddO_YUgR}y@"
-        "DX|N(mbj*~qOt-vFB)Mk+pO!d-LQnQp&Gcdey;H=;iiHzLNhfn=&K8)*DxKZtC4A}nHk(7TBc_r3mJ`}c_<Gcy_^jx"
-        "+NPBxAThcs(6F<q_(P<`K|Z0Z61V&}B{HBd93`_YT&|ov(LLWdcd#zA(=G_CV=4zP%EE~*9YJ5T_CzDHEV5%X`zm0z"
-        "w5sj5Gcw*b3$OIBKC8+rekX9Lp(SuF>##hobEx69Dy;uAF(=2Idobf6NExmjn5ym}2AuPr5GzZe?x6)KIwmip#-&r7"
-        "m8V-Ywz9G{b;LwLov`pRy&D!Y>!#!?v8Zq}@ux&S4Zc0L%rTm^u(j_im!~kA<VC}|55>2xz_=T^X10vHAhIO9iKPRx"
-        "M6CL;%(*1E-mva7-!9&)S1c1S(yG-k`m*7-53FsiIVv6{F0GjvQmk~RsT|0p5vcd72p1?J>7_^|3LQZyoS}~;#V1iR"
-        "F)(X2hcJmgSTgag+c3T<^f3dZ(ytdX9yV~jb-BAa4mD!6LpSUw!y;p=UPEFnX2NSe`7%y8eY1tSi8RW%$F#LJAu$=Y"
-        "UNVlZhAC||K`-Yk8#Amf;V?Ne1*nj-r?Vj+l`K}FQ7p70=BDANG?f9EksW<23neukf*1uTC!UEY<RSB;<t?ZvXEJ!L"
-        "LPfZ{eLPn#2&zJ`OE7&R>8l+xZKTo0@wxUka4-lkv8|V*t*G>tWWpgpBs@2|dO_Z<gERuYDKW)1-x)V9*{njc)wtWU"
-        "rLvitf--Zi^D+i8jj{17;U<DILbEk7=qn2(*DxI@Fs3Ua78$0Y(vg#_jv2oq{HWC?dnAac5}??eAhEit&@i(p_(P;b"
-        "K|Y}@61V)fB{HC|93``@TrQkE(Y@a|cQ7uq)2;}tW2y%)!orCz9YJ3-_CzBxEHYy>`>LTfu&&dvJFA+u533QlHZq%~"
-        "M6Khn)T_Lwd8s_Eb131pDlGpqF{j5Idobgn)tj=OA1h;_Y#HSpimKEh7bC(YI-CL`38`Ktl_y)YwlcD{b;Lx$ov`q+"
-        "y&D#@>!#$Yv8Zsf@h3z+4L&`#%(0raur=>1mnSfq$VJ1s55>1Gz_=SZW;TqxATq_Vfw>8|-LOi$)ul7DMXXY+<gdr7"
-        "_p=$V=B(8)`ZD3S4=io1IjSC|F0GlF>!-D<7Z*PvaIC$jpB%HKFR7Rza3%dEOr<9s#ivoSF|cd3hcJo0STgY~+c3VV"
-        "^f3b@(yte?9=343bve5^4z*&nL$~ZG!=huWfx#a>Pe6G*U^qE8-L1{NM7IDjkF>cctEqIZOtL<)0j(&w{xz2=2RV}="
-        "gftE<sWLIGF*0l+Q5^6aw60Df1E#ksC91EMO&Z^vESesk7p%Q0pq8baU#XKOe>JHpOsE;LTeSH_-83bjJTZBxzM(*`"
-        "tu1^nWg-wpn87c?F)%u|Z#BxWO{`oi(L|-bAHnNEioC$3$E~#_z$*zY$GEkwx1NT%^t!{X!Z0Ma(6aL!YpKsMb1yxw"
-        "f3te5fU+Dg9WFT(wWOpX!=0KSmZG~O>L`aN6sQZM#i*>RU!Z)f&?JMKR<_5dd@!Lj-7{RlOTqW8&ox#m54NT$?x*lD"
-        "ShG(*Hoz4?I;cCagRv^E0IN8#vA|EXEkcpDXTH2A*0gN3@i+CcJe&=!YcL!%S}<BG6*9oAyC;veqcHxa(<~V)u&%nb"
-        "ps_kFZ>?n~I;ZUw!>9@;#~|A!RV7fH2qJ!(fh={X*{B8}NuNI;jWi-94xALLAGfG9Sv&5mYak0YA}`z}%%&8k)Uf?R"
-        "Izi*O^C?2Q`m?ex)|%xhZ$TfvPr!LRV7NIp-L1_%M7KLG`!O6b|12%B%{1AlttkOHW+8pFEx0i@ps5b6sWLGwF*0nS"
-        "Q5^6av@T8}Bbu=sIvP11EGGD>7%Gw$m7H6tZl)%z!70WTe>JHpOsE;LTQvDa-Lxg3Jh6GHz9B%bt*v}7Wg-y9n87bX"
-        "F)%tdZ#Bv=O{`q2zr>|JA3^Iuiafxj$E~%bz$;ccnL3;;z_2&12|42~x*lYypfP8!EVlx)`<y*5f3tclfU+F09WFT("
-        "wIrk>$*4f59VjXz>mA3Si6WY#ZLG{BSsT@;uc~+;R<_5dd@!Lj-LqW5OF{Ro&$U)64>qPL?kDgtShG*RHoz6YI;cA^"
-        "gRv?u0IN7Kw7^faEkcntXTH3r)--Ij@we|YAuuT`5;7~YcAPM+Z7`j%#U{%v#w`1%n6()zur9i_pfNfvZ!Kk~I;ZWG"
-        "F(nI|6(X9N<fu<4y&%FR@t;H=Cm@ilc_{R#jkF@A4jdFKAGfHqSv&45Yak1@A}`#f%%&73)G+-*I>F<(^Ql6*`ZKaG"
-        ")*9t0",
+        "xjcYD8^HhoS+xKF004@_006VJm$XG2gRS1Q*0gpTg{?9+nk$R2IkwuXlCY?+008$b000A}00000f3W}nTqPAB{-P"
+        "k4fhAfW@1g;h>L9Kt#iRP5vZ(T-00000000008$kd7nmhmiv$OyJz_0)SJD>mn002h9003&j006qQ004|K000KA2"
+        "(ADC001&V007lAN4@|6-?#|71GWz`<C#c1RW>-X<r!M0(XZ*AVx|hP^&S8KEH?lEnW_K)<r)vF002ZHof~$c+ads"
+        "((wnOx&7$TR{h}TwS|1goBPN8OASidWNv(#d007Uy002X=003$-002j_008i^(=z}7usi?&-Z20G)3^WtTQL9tTB"
+        "QI0005jt002|4OgR7mnYS&yA+?00q_JE*XEmcFrZEP#-7Yev4Yn39Iwb%A@3a5_jy3=QEiCgX008Bs^`$MLVWB*m"
+        "9wuNRRUsW4KOxs1Yot*j+#ZD_^faX?U98JC002lq008?j007Ij000;(008NyrLh12)G+`63^f1%(lh`7M+^V}XhU"
+        "KxX2NT}`7%zpeKUo+iL~Rj3^HP_gemp72({uiBQX=RcCOkmbhUo3^eZ_s1t^fSr!yfRm8@1FQ7p8hXdO2z79~&~7"
+        "N-}eDV5-td8pr^#-oy$2&hV)<*lfwXR>%LLPfYceLPpL2&zIbOE7(+>8l;HZ6wjg@j3Q3aIgq4u`QRQttj-CTf!k"
+        "gBs@1ddO_YUgR}y@DX|N(mbj*~qOt-vFB)Mk+pO!d-LQnQp&Gcdey;H=;iiHzLNhfn=&K8)*DxKZtC4A}nHk(7TB"
+        "c_r3mJ`}c_<Gcy_^jx+NPBxAThcs(6F<q_(P<`K|Z0Z61V&}B{HBd93`_YT&|ov(LLWdcd#zA(=G_CV=4zP%EE~*"
+        "9YJ5T_CzDHEV5%X`zm0zw5sj5Gcw*b3$OIBKC8+rekX9Lp(SuF>##hobEx69Dy;uAF(=2Idobf6NExmjn5ym}2Au"
+        "Pr5GzZe?x6)KIwmip#-&r7m8V-Ywz9G{b;LwLov`pRy&D!Y>!#!?v8Zq}@ux&S4Zc0L%rTm^u(j_im!~kA<VC}|5"
+        "5>2xz_=T^X10vHAhIO9iKPRxM6CL;%(*1E-mva7-!9&)S1c1S(yG-k`m*7-53FsiIVv6{F0GjvQmk~RsT|0p5vcd"
+        "72p1?J>7_^|3LQZyoS}~;#V1iRF)(X2hcJmgSTgag+c3T<^f3dZ(ytdX9yV~jb-BAa4mD!6LpSUw!y;p=UPEFnX2"
+        "NSe`7%y8eY1tSi8RW%$F#LJAu$=YUNVlZhAC||K`-Yk8#Amf;V?Ne1*nj-r?Vj+l`K}FQ7p70=BDANG?f9EksW<2"
+        "3neukf*1uTC!UEY<RSB;<t?ZvXEJ!LLPfZ{eLPn#2&zJ`OE7&R>8l+xZKTo0@wxUka4-lkv8|V*t*G>tWWpgpBs@"
+        "2|dO_Z<gERuYDKW)1-x)V9*{njc)wtWUrLvitf--Zi^D+i8jj{17;U<DILbEk7=qn2(*DxI@Fs3Ua78$0Y(vg#_j"
+        "v2oq{HWC?dnAac5}??eAhEit&@i(p_(P;bK|Y}@61V)fB{HC|93``@TrQkE(Y@a|cQ7uq)2;}tW2y%)!orCz9YJ3"
+        "-_CzBxEHYy>`>LTfu&&dvJFA+u533QlHZq%~M6Khn)T_Lwd8s_Eb131pDlGpqF{j5Idobgn)tj=OA1h;_Y#HSpim"
+        "KEh7bC(YI-CL`38`Ktl_y)YwlcD{b;Lx$ov`q+y&D#@>!#$Yv8Zsf@h3z+4L&`#%(0raur=>1mnSfq$VJ1s55>1G"
+        "z_=SZW;TqxATq_Vfw>8|-LOi$)ul7DMXXY+<gdr7_p=$V=B(8)`ZD3S4=io1IjSC|F0GlF>!-D<7Z*PvaIC$jpB%"
+        "HKFR7Rza3%dEOr<9s#ivoSF|cd3hcJo0STgY~+c3VV^f3b@(yte?9=343bve5^4z*&nL$~ZG!=huWfx#a>Pe6G*U"
+        "^qE8-L1{NM7IDjkF>cctEqIZOtL<)0j(&w{xz2=2RV}=gftE<sWLIGF*0l+Q5^6aw60Df1E#ksC91EMO&Z^vESes"
+        "k7p%Q0pq8baU#XKOe>JHpOsE;LTeSH_-83bjJTZBxzM(*`tu1^nWg-wpn87c?F)%u|Z#BxWO{`oi(L|-bAHnNEio"
+        "C$3$E~#_z$*zY$GEkwx1NT%^t!{X!Z0Ma(6aL!YpKsMb1yxwf3te5fU+Dg9WFT(wWOpX!=0KSmZG~O>L`aN6sQZM"
+        "#i*>RU!Z)f&?JMKR<_5dd@!Lj-7{RlOTqW8&ox#m54NT$?x*lDShG(*Hoz4?I;cCagRv^E0IN8#vA|EXEkcpDXTH"
+        "2A*0gN3@i+CcJe&=!YcL!%S}<BG6*9oAyC;veqcHxa(<~V)u&%nbps_kFZ>?n~I;ZUw!>9@;#~|A!RV7fH2qJ!(f"
+        "h={X*{B8}NuNI;jWi-94xALLAGfG9Sv&5mYak0YA}`z}%%&8k)Uf?RIzi*O^C?2Q`m?ex)|%xhZ$TfvPr!LRV7NI"
+        "p-L1_%M7KLG`!O6b|12%B%{1AlttkOHW+8pFEx0i@ps5b6sWLGwF*0nSQ5^6av@T8}Bbu=sIvP11EGGD>7%Gw$m7"
+        "H6tZl)%z!70WTe>JHpOsE;LTQvDa-Lxg3Jh6GHz9B%bt*v}7Wg-y9n87bXF)%tdZ#Bv=O{`q2zr>|JA3^Iuiafxj"
+        "$E~%bz$;ccnL3;;z_2&12|42~x*lYypfP8!EVlx)`<y*5f3tclfU+F09WFT(wIrk>$*4f59VjXz>mA3Si6WY#ZLG"
+        "{BSsT@;uc~+;R<_5dd@!Lj-LqW5OF{Ro&$U)64>qPL?kDgtShG*RHoz6YI;cA^gRv?u0IN7Kw7^faEkcntXTH3r)"
+        "--Ij@we|YAuuT`5;7~YcAPM+Z7`j%#U{%v#w`1%n6()zur9i_pfNfvZ!Kk~I;ZWGF(nI|6(X9N<fu<4y&%FR@t;H"
+        "=Cm@ilc_{R#jkF@A4jdFKAGfHqSv&45Yak1@A}`#f%%&73)G+-*I>F<(^Ql6*`ZKaG)*9t0",
 }
 
 if __name__ == "__main__":
