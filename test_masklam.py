@@ -1886,7 +1886,7 @@ def test_a_sweep_reuses_what_is_there_and_writes_a_row_for_every_point_and_metho
 def test_one_flipped_byte_ends_a_run_before_anything_is_made_of_it(copied, capsys):
     """Of a result, of an array; and a result that was copied from another's."""
     flags = [*FLAGS, "--out", str(copied.parent)]
-    masks = next((copied / "cache").glob("record-video-*/heldout/masks.npy"))
+    masks = min((copied / "cache").glob("record-video-*/heldout/masks.npy"), key=os.path.getmtime)
     probe = min((copied / "cache").glob("probe-lapo-*.pt"), key=os.path.getmtime)
     lapo, ours = (min((copied / "cache").glob(f"evaluate-{name}-*.pt"), key=os.path.getmtime)
                   for name in ("lapo", "masklam"))  # the first: other tests' runs have added some
