@@ -364,6 +364,9 @@ def autocast(device):
 def conv(inputs, outputs, kernel=3, stride=1):
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2)
 
+def mlp(inputs, outputs, hidden=256):
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
 def channels_last(module):
     return module.to(memory_format=torch.channels_last)
 
@@ -417,8 +420,10 @@ class FrameEncoder(nn.Module):
         else:
             self.encoder = patch_encoder(channels, widths)
         inputs = widths[-1] * map_side(config, widths)**2
-        self.head = nn.Linear(inputs, outputs) if config.hidden == 0 else nn.Sequential(
-            nn.Linear(inputs, config.hidden), nn.ReLU(), nn.Linear(config.hidden, outputs))
+        if config.hidden:
+            self.head = mlp(inputs, outputs, config.hidden)
+        else:
+            self.head = nn.Linear(inputs, outputs)
 
     def forward(self, frames):
         return self.head(self.encoder(to_float(frames, self.patch)).flatten(1))  # (B, outputs)
@@ -542,9 +547,6 @@ def masked_mse(prediction, target, mask, background_weight=0.0):
     weight = mask + background_weight * (1 - mask)
     error = weight * (prediction - target) ** 2  # (B, C, H, W)
     return error.sum() / (prediction.shape[1] * weight.sum())
-
-def mlp(inputs, outputs):
-    return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, outputs))
 
 class LaomIDM(nn.Module):
     """(B, 6, H, W, C) u8 -> (B, Z): one encoder (3 frames -> 256 numbers) for both stacks."""
@@ -949,8 +951,8 @@ def state_rollout(job):
 
 # ==== 9. Renderer [record] ========================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
-# once what the distractors are composed behind and the simulator's own mask. Casting rays, where it
-# may be and five at its outline, is fast, needs no OpenGL and looks the same anywhere.
+# once what the distractors are composed behind and the simulator's own mask. Casting rays, one a
+# pixel and five at its outline, is fast, needs no OpenGL and looks the same anywhere.
 NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
 
 def agent_geoms(model) -> np.ndarray:
@@ -1530,6 +1532,12 @@ COLUMNS = {"probe_nmse": "NMSE", "probe_nmse_noise": "of noise",
            "probe_nmse_decorrelated": "rho = 0", "leakage_r2": "leakage",
            "return_mean": "return", "return_std": "+-", "normalized_return": "normalised",
            "labels": "labels"}
+TITLES = {"probe_nmse": "probe NMSE of the action (lower is better)",
+          "probe_nmse_noise": "... of what no past frame tells",
+          "probe_nmse_decorrelated": "... where the background ignores it",
+          "leakage_r2": "R2 of the next background (lower is better)",
+          "return_mean": "return (higher is better)",
+          "normalized_return": "return: 0 = random, 1 = expert"}
 COLORS = {"lapo": "tab:red", "masklam": "tab:green", "laom": "tab:orange",
           "laom-labels": "tab:brown", "oracle": "tab:gray",
           "labels-only": "silver", "supervised-idm": "tab:blue", "past-only": "tab:olive"}
@@ -1540,13 +1548,6 @@ def normalized(value, chance, expert):
         raise UserError(f"the expert earns {expert:.0f} and random actions {chance:.0f}: search "
                         "the task's expert again, or evaluate longer")
     return (value - chance) / (expert - chance)
-
-TITLES = {"probe_nmse": "probe NMSE of the action (lower is better)",
-          "probe_nmse_noise": "... of what no past frame tells",
-          "probe_nmse_decorrelated": "... where the background ignores it",
-          "leakage_r2": "R2 of the next background (lower is better)",
-          "return_mean": "return (higher is better)",
-          "normalized_return": "return: 0 = random, 1 = expert"}
 
 def table(results: dict) -> str:
     """The results' methods and references as lines of text."""
@@ -2063,7 +2064,7 @@ def check_sweep(config, options, given):
 def check_task(config):
     """UserError unless the task is an environment whose agent the masks would show."""
     try:
-        env = Distractors(bare_env(config.task), "none", camera=get_task(config.task).camera,
+        env = Distractors(state_env(config.task), "none", camera=get_task(config.task).camera,
                           size=config.frame_size)
     except (gym.error.Error, ImportError, AttributeError, IndexError) as error:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
@@ -2130,16 +2131,14 @@ def parse(argv):
 
 def resolve_masks(config):
     """Say where masks come from; -> config with masks "auto" replaced by what it stands for."""
-    path = sam_path(config.sam_model, config.sam_checkpoint)
-    if config.masks == "sam" or config.masks == "auto" and (config.sam_checkpoint or path.exists()):
+    path, masks = sam_path(config.sam_model, config.sam_checkpoint), masks_source(config)
+    if masks == "sam":
         load_sam(config.sam_model, config.sam_checkpoint, "cpu")  # before an hour of other work
         print(f"masks: sam, from {path}")
-        return replace(config, masks="sam")
-    if config.masks == "auto":
+    elif config.masks == "auto":
         print("masks: the simulator's own; for SAM's: --masks sam, which downloads "
               f"{path.name}, or --sam-checkpoint FILE")
-        return replace(config, masks="simulator")
-    return config
+    return replace(config, masks=masks)
 
 @contextlib.contextmanager
 def own_folder(folder, config, fresh):
@@ -2206,10 +2205,9 @@ def main(argv=None):
         return 0
     except (UserError, OSError) as error:
         message = str(error)
-    except (MemoryError, BrokenProcessPool) as error:
-        message = f"out of memory ({first_line(error)}): smaller sizes, or fewer --episodes"
-    except RuntimeError as error:
-        if "alloc" not in str(error):  # how PyTorch says that it has no memory left
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, BrokenProcessPool))
+        if not known and "alloc" not in str(error):  # as PyTorch says that no memory is left
             raise
         message = f"out of memory ({first_line(error)}): smaller sizes, or fewer --episodes"
     print("masklam:", " ".join(message.split()), file=sys.stderr)
