@@ -40,6 +40,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -58,13 +59,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3 as imageio  # comes with gymnasium[mujoco]
 import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout  # comes with torch, as Pillow does with matplotlib
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -97,6 +99,7 @@ class Config:
     seed: int = option("record", 0, "of everything random in the run", 0, 10**6)
     distractor: str = option("record", "low", "what else moves", choices=DISTRACTORS)
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
+    backgrounds: str = option("record", "", "folder of pictures and videos to show")
     episodes: int = option("record", 500, "recorded for training", 4, 250_000)
     heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 250_000)
     steps: int = option("record", 100, "per recorded episode", 8, 1000)
@@ -117,7 +120,7 @@ class Config:
     mask_input: bool = option("mask", False, "mask as a fourth channel of every frame seen")
 
     background_weight: float = option("lam", 0.0, "b of masklam's loss; lapo is b = 1", 0, 1)
-    latent_dim: int = option("lam", 32, "numbers in a latent action", 1, 8192)
+    latent_dim: int = option("lam", 64, "numbers in a latent action", 1, 8192)
     offset: int = option("lam", 1, "K: how far ahead the future stack may lie", 1, 100)
     patch: int = option("lam", 4, "pixels folded into channels; 1: IMPALA", 1, 64)
     idm_widths: tuple[int, ...] = option("lam", (48, 96), "channels of its stages", 1, 4096)
@@ -787,6 +790,12 @@ def latent_targets(idm, windows) -> np.ndarray:
     targets[rows] = (z - z.mean(0)) / (z.std(0) + 1e-6)
     return targets
 
+def acting(policy, decoder):
+    """A policy from pixels to latent actions, and on to actions."""
+    network = nn.Sequential(policy, decoder)
+    network.frames = policy.frames
+    return network
+
 def decode(config, policy, windows, labelled, text):
     """Teach a policy that emits latent actions what they do -> one that emits actions.
     True actions are read of the windows `labelled` (n,) alone."""
@@ -796,7 +805,12 @@ def decode(config, policy, windows, labelled, text):
     rows = np.arange(len(labelled))
     _, history = regress_few(config, decoder, lambda batch: cloned[torch.from_numpy(batch)],
                              actions, rows, 1e-3, f"{text} decoder")
-    return nn.Sequential(policy, decoder), history
+    return acting(policy, decoder), history
+
+def action_nmse(policy, windows) -> float:
+    """NMSE of a pixel policy's actions (n, A) on the demonstrations of windows."""
+    rows = windows.demonstrations()
+    return float(nmse(latents(policy, windows, rows), windows.actions(rows)).mean())
 
 def clone_labels(config, windows, labelled):
     """Behaviour cloning of the labelled windows alone, for as long as serves it."""
@@ -1050,12 +1064,13 @@ class AgentRenderer:
 # which everything but the agent moves too, partly following the agent's actions. Stationary or
 # smooth backgrounds are easy: what ruins a latent action is many sharp edges moving independently.
 class Backdrop:
-    """Two scrolling textures and 12 two-coloured sprites, each with a velocity of its own.
+    """What moves behind the agent: two scrolling textures and 12 two-coloured sprites.
 
     In pixels a step, v = SPEED * (rho * P (a - mean) + sqrt(1 - rho^2) * u), with a the executed
     action scaled to [-1, 1], P (D, A) and mean (A,) from `tie`, so that P (a - mean) has unit
     variance, and u unit-variance Ornstein-Uhlenbeck noise. rho changes how much the background
-    follows the action, never how fast it moves. Colours, shapes, places and u change with `rng`."""
+    follows the action, never how fast it moves. Every layer has a velocity of its own; colours,
+    shapes, places and u change with `rng`."""
 
     TEXTURES, SPRITES, SPEED, PERSISTENCE = 2, 12, 3.5, 0.5
     D = 2 * (TEXTURES + SPRITES)  # velocities: down and right of each
@@ -1069,17 +1084,21 @@ class Backdrop:
         self.noise = rng.standard_normal(self.D)
         self.velocity = np.zeros(self.D, np.float32)
         self.position = rng.uniform(0, self.period, (self.D // 2, 2))
-        self.horizon = self.margin + int(rng.integers(size // 3, 2 * size // 3))
-        self.textures = [self._texture() for _ in range(self.TEXTURES)]
-        self.sprites = [self._sprite() for _ in range(self.SPRITES)]
+        self.paint()
 
-    @staticmethod
-    def tie(actions: np.ndarray, seed: int):
+    @classmethod
+    def tie(cls, actions: np.ndarray, seed: int):
         """How backgrounds follow actions like these (n, A): -> projection (D, A), mean (A,).
         Rows are random, scaled so that projection @ (action - mean) has unit variance."""
-        rows = generator(seed, "projection").standard_normal((Backdrop.D, actions.shape[1]))
+        rows = generator(seed, "projection").standard_normal((cls.D, actions.shape[1]))
         spread = (rows @ (actions - actions.mean(0)).T).std(1, keepdims=True)
         return rows / spread, actions.mean(0)
+
+    def paint(self):
+        """What an episode shows."""
+        self.horizon = self.margin + int(self.rng.integers(self.size // 3, 2 * self.size // 3))
+        self.textures = [self._texture() for _ in range(self.TEXTURES)]
+        self.sprites = [self._sprite() for _ in range(self.SPRITES)]
 
     def _colors(self, *shape):
         """Random colours, RGB and nothing in the four bytes of a u32: they copy as one number."""
@@ -1128,6 +1147,71 @@ class Backdrop:
         visible = slice(self.margin, self.margin + self.size)
         return canvas[visible, visible, None].view(np.uint8)[..., :3]
 
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".mp4")
+
+def is_picture(path) -> bool:
+    return path.suffix.lower() in PICTURES
+
+def footage(folder: str, split: str) -> tuple:
+    """What a split shows of a folder, where a folder of pictures is a video, as in DAVIS: half of
+    the videos and pictures are for training, a quarter for both ways of probing, a quarter for
+    evaluation. UserError where there are fewer than four."""
+    if not folder:
+        return ()
+    known = [p for p in sorted(Path(folder).glob("*")) if p.is_dir() or is_picture(p)]
+    if len(known) < 4:
+        raise UserError(f"--backgrounds is {folder!r}; allowed: a folder with four or more videos "
+                        f"or pictures ({' '.join(PICTURES)}), or folders of them")
+    places = dict(training=(0, 1), heldout=(2,), decorrelated=(2,), evaluate=(3,))[split]
+    return tuple(path for i, path in enumerate(known) if i % 4 in places)
+
+@functools.cache
+def read_film(path, side, limit=100):
+    """The first frames of a video, or of a folder of pictures, cut to squares: (n, side, side, 3)
+    u8, n <= limit."""
+    pictures = filter(is_picture, sorted(path.glob("*"))) if path.is_dir() else [path]
+    plugins = {".mp4": "pyav"}  # which a user who has no films need not install
+    frames = (frame for picture in pictures for frame in
+              imageio.imiter(picture, plugin=plugins.get(picture.suffix.lower(), "pillow")))
+    try:
+        film = [ImageOps.fit(Image.fromarray(frame).convert("RGB"), (side, side))
+                for frame in itertools.islice(frames, limit)]
+    except (OSError, ImportError, ValueError, TypeError) as error:
+        raise UserError(f"--backgrounds: {path} cannot be read ({error})") from error
+    if not film:
+        raise UserError(f"--backgrounds: {path} has no picture")
+    return np.stack(film)
+
+def reflect(i, n):
+    """0, 1, .. n - 1 and back again, for ever."""
+    return np.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
+
+class Footage(Backdrop):
+    """A video, or a picture, behind the agent: one of `files` an episode, from any frame forwards
+    and backwards. It moves as a whole, and goes on as its mirror image."""
+
+    D = 2
+
+    def __init__(self, rng, tied, correlation, size, files):
+        self.files = files
+        super().__init__(rng, tied, correlation, size)
+
+    def paint(self):
+        path = self.files[self.rng.integers(len(self.files))]
+        self.film = read_film(path, self.size)
+        self.period = 2 * self.size  # the picture and its mirror image
+        self.time = int(self.rng.integers(2 * len(self.film)))
+
+    def step(self, action):
+        super().step(action)
+        self.time += 1
+
+    def draw(self):
+        frame = self.film[reflect(self.time, len(self.film))]
+        corner = self.position.T.astype(int)  # (2, 1)
+        y, x = reflect(corner + np.arange(self.size), self.size)
+        return frame[np.ix_(y, x)]
+
 class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
 
@@ -1135,22 +1219,25 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         (also camera and agent colours on the random walks of the Distracting Control Suite,
         arXiv 2101.02722, at `SCALE`). correlation: its rho. camera, size: see AgentRenderer.
     tied: from `Backdrop.tie`, with actions of the policy at work; None: with uniform actions.
+    files: paths of videos and pictures to show instead, see `Footage`, with its own `tie`.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
         (D,) f32 velocities of the background, pixels a step, "action" (A,) f32 as executed.
     reset(seed=s) seeds physics and distractors; equal seeds give equal frames."""
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
 
-    def __init__(self, env, level="low", correlation=0.5, camera=None, size=64, tied=None):
-        gym.utils.RecordConstructorArgs.__init__(
-            self, level=level, correlation=correlation, camera=camera, size=size, tied=tied)
+    def __init__(self, env, level="low", correlation=0.5, camera=None, size=64, tied=None,
+                 files=()):
+        gym.utils.RecordConstructorArgs.__init__(self, level=level, correlation=correlation,
+                                                 camera=camera, size=size, tied=tied, files=files)
         super().__init__(env)
         if level not in DISTRACTORS:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(DISTRACTORS)}")
         self.level, self.correlation, self.size = level, correlation, size
         self.action_dim = self.action_space.shape[0]
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, self.action_dim))
-        self.tied = tied or Backdrop.tie(uniform, 0)
+        self.make_backdrop = functools.partial(Footage, files=files) if files else Backdrop
+        self.tied = tied or (Footage if files else Backdrop).tie(uniform, 0)
         self.renderer = AgentRenderer(env.unwrapped.model, camera, size)
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.rng, self.frame = np.random.default_rng(), None
@@ -1160,7 +1247,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         state, info = self.env.reset(seed=seed, options=options)
         if seed is not None:
             self.rng = np.random.default_rng([seed, 1])
-        self.backdrop = Backdrop(self.rng, self.tied, self.correlation, self.size)
+        self.backdrop = self.make_backdrop(self.rng, self.tied, self.correlation, self.size)
         geoms = self.unwrapped.model.ngeom
         self.limit = self.SCALE * np.array([90, 90, 90, 0.5] + [1] * 3 * geoms)
         self.pose = self.rng.uniform(-self.limit, self.limit)  # view, then a tint of every geom
@@ -1222,20 +1309,23 @@ def tied_background(config):
     for i in range(20):
         noise = noise_scale(config, i, i)
         actions.append(state_rollout((config.task, expert, i, config.steps, noise, 0))[1])
-    return Backdrop.tie(np.concatenate(actions), config.seed)
+    kind = Footage if config.backgrounds else Backdrop
+    return kind.tie(np.concatenate(actions), config.seed)
 
-def make_env(config):
-    """The task's environment with the config's distractors."""
+def make_env(config, split="training"):
+    """The task's environment with the config's distractors, of those that a split may show."""
     return Distractors(bare_env(config.task), config.distractor, config.correlation,
                        get_task(config.task).camera, config.frame_size,
-                       tied_background(replace(config, correlation=0)))
+                       tied_background(replace(config, correlation=0)),
+                       footage(config.backgrounds, split))
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
 def record_episode(job) -> int:
-    """Record episode `index` of (config, folder, index, seed) into its files."""
+    """Record episode `index` of (config, folder, index, seed) into its files, named by a split."""
     config, folder, index, seed = job
-    env, video, rng = cached_env(config), Video.open(folder, "r+"), generator(seed, "act")
+    env, video = cached_env(config, folder.name), Video.open(folder, "r+")
+    rng = generator(seed, "act")
     expert, high = load_expert(config.task), env.action_space.high
     scale = noise_scale(config, index, seed)
     frame, info = env.reset(seed=seed)
@@ -1262,7 +1352,8 @@ def record(config, folder, pmap=map):
     heldout whose background no longer follows the action (rho = 0). pmap: a pool's map.
     UserError where the disk has no room, or the simulation goes astray."""
     env = state_env(config.task)
-    sizes = env.action_space.shape[0], env.observation_space.shape[0], Backdrop.D
+    D = Footage.D if config.backgrounds else Backdrop.D
+    sizes = env.action_space.shape[0], env.observation_space.shape[0], D
     episodes = dict(training=config.episodes, heldout=config.heldout_episodes,
                     decorrelated=config.heldout_episodes)
     frame_bytes = 4 * config.frame_size**2 + 4 * (sizes[0] + 1 + sum(sizes))
@@ -1340,24 +1431,20 @@ def segment(predictor, frames: np.ndarray, points=None, labels=(1,), checkpoint=
     """SAM's candidates for frames (n, H, W, 3) u8: masks (n, 3, H, W) bool, its own IoUs (n, 3).
 
     points (m, 2), x and y in pixels, with labels (m,) 1 = on the agent, 0 = off it; without points,
-    one point and a box where a camera that follows the agent shows it. On a GPU embeddings are
-    computed in batches; `checkpoint` (a path) keeps what is done."""
+    one point and a box where a camera that follows the agent shows it. `checkpoint` (a path) keeps
+    what is done."""
     size, box = frames.shape[1], None
     if points is None:
         points, box = [[0.5 * size, 0.42 * size]], size * np.array([0.05, 0.1, 0.95, 0.9])
     masks, scores = load_torch(checkpoint) if checkpoint and checkpoint.exists() else ([], [])
-    device = predictor.device
-    batch = 1 if device.type == "cpu" else 16
-    for start in tqdm(range(len(masks), len(frames), batch), "SAM", leave=False):
-        part = [predictor.transform.apply_image(f) for f in frames[start:start + batch]]
-        pixels = torch.from_numpy(np.stack(part)).permute(0, 3, 1, 2).to(device)
-        with autocast(device):
-            predictor.set_torch_image(pixels, frames.shape[1:3])
-        for embedding in predictor.features.float().split(1):
-            predictor.features = embedding
-            mask, score, _ = predictor.predict(np.array(points), np.array(labels), box)
-            masks.append(torch.from_numpy(mask))
-            scores.append(torch.from_numpy(score))
+    left = frames[len(masks):]
+    for frame in tqdm(left, "SAM", len(frames), initial=len(masks), leave=False):
+        with autocast(predictor.device):
+            predictor.set_image(frame)
+        predictor.features = predictor.features.float()
+        mask, score, _ = predictor.predict(np.array(points), np.array(labels), box)
+        masks.append(torch.from_numpy(mask))
+        scores.append(torch.from_numpy(score))
         if checkpoint:
             save_torch(checkpoint, (masks, scores))
     return torch.stack(masks).numpy(), torch.stack(scores).numpy()
@@ -1481,7 +1568,8 @@ def rollout(job):
     simulator) masks what it sees. film: (t, H, W, 3) u8 of the first episode, t <= 200."""
     config, pickled, seeds = job
     policy, student = pickle.loads(pickled)
-    envs, rng = [make_env(config) for _ in seeds], generator(seeds[0], "degrade")
+    envs = [make_env(config, "evaluate") for _ in seeds]
+    rng = generator(seeds[0], "degrade")
     high = envs[0].action_space.high
 
     def seen(frames, masks):
@@ -1537,7 +1625,8 @@ TITLES = {"probe_nmse": "probe NMSE of the action (lower is better)",
           "probe_nmse_decorrelated": "... where the background ignores it",
           "leakage_r2": "R2 of the next background (lower is better)",
           "return_mean": "return (higher is better)",
-          "normalized_return": "return: 0 = random, 1 = expert"}
+          "normalized_return": "return: 0 = random, 1 = expert",
+          "action_nmse": "NMSE of the policy's actions (lower is better)"}
 COLORS = {"lapo": "tab:red", "masklam": "tab:green", "laom": "tab:orange",
           "laom-labels": "tab:brown", "oracle": "tab:gray",
           "labels-only": "silver", "supervised-idm": "tab:blue", "past-only": "tab:olive"}
@@ -1637,9 +1726,9 @@ def save_animation(films, path, seconds, scale=3):
         images[0].save(file, "GIF", save_all=True, append_images=images[1:],
                        duration=round(1000 * seconds), loop=0)
 
-def plot_sweep(rows: list[dict], path):
+def plot_sweep(rows: list[dict], path, title):
     """A panel for every number in the rows, a line for every method over the points."""
-    keys = [key for key in rows[0] if key in COLUMNS and key not in ("labels", "return_std")]
+    keys = [key for key in rows[0] if key in TITLES]
     figure = Figure(figsize=(4 * len(keys), 3.5), layout="constrained")
     for ax, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys):
         for method in dict.fromkeys(row["method"] for row in rows):
@@ -1649,6 +1738,7 @@ def plot_sweep(rows: list[dict], path):
         ax.set_title(TITLES[key], fontsize=9)
         ax.tick_params(axis="x", labelrotation=45, labelsize=7)
     ax.legend(fontsize=8)
+    figure.suptitle(title)
     save_figure(figure, path)
 
 def summarize(results: list[dict]) -> dict:
@@ -1679,15 +1769,23 @@ def source_text(stage: str) -> str:
     return "".join(body.split("\n# ====")[0] for name, body in zip(sections[1::2], sections[2::2])
                    if name in known)
 
+@functools.cache
+def file_stamps(path: str) -> list:
+    """(path, size, time of the last change) of a file, or of all files in a folder."""
+    files = [p for p in sorted((Path(path), *Path(path).rglob("*"))) if p.is_file()]
+    return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+
 def cache_key(config, stage, name) -> str:
-    """Twelve hex digits that change with any field or line of code up to a stage."""
+    """Twelve hex digits that change with any field, file or line of code up to a stage."""
     order = STAGES.index(stage)
     chosen = {f.name: getattr(config, f.name) for f in fields(config)
               if STAGES.index(f.metadata["stage"]) <= order}
     if name == "laom-labels":  # the one method that sees labels before they are decoded
         chosen["labels"] = config.labels
+    files = [file_stamps(chosen[path]) for path in ("backgrounds", "sam_checkpoint")
+             if chosen.get(path)]
     task = asdict(get_task(config.task)), EXPERTS.get(config.task)
-    text = json.dumps([name, chosen, task, source_text(stage)], sort_keys=True)
+    text = json.dumps([name, chosen, files, task, source_text(stage)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def start_worker():
@@ -1706,8 +1804,12 @@ def worker_pool():
     try:
         yield pool
     except BaseException:
-        for process in multiprocessing.active_children():
+        workers = multiprocessing.active_children()
+        for process in workers:
             process.terminate()
+            process.join()
+        if workers:  # what is said next must not stand behind a progress bar of theirs
+            print(file=sys.stderr)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -1746,12 +1848,8 @@ class Run:
         return payload
 
     def side_by_side(self, stage, names):
-        """A stage's results {name: ...}; on a CPU what is missing is computed in workers, as two
-        threads on two busy cores wait for each other, on a GPU one after the other."""
-        if self.pool and self.device.type == "cpu":
-            jobs = [(self.config, self.folder, stage, name) for name in names
-                    if not self.path(stage, name).exists()]
-            list(self.pool.map(compute_in_worker, jobs))
+        """A stage's results {name: ...}, see `compute_missing`."""
+        compute_missing(stage, [(self, name) for name in names])
         return {name: getattr(self, stage)(name) for name in names}
 
     @functools.cached_property
@@ -1863,35 +1961,38 @@ class Run:
             policy, _ = self.trained("decode", name, fresh, lambda _: clone_labels(
                 config, training, labelled))
         else:
-            fresh = nn.Sequential(make_policy(config, config.latent_dim),
-                                  make_decoder(config, self.actions))
+            fresh = acting(make_policy(config, config.latent_dim),
+                           make_decoder(config, self.actions))
             policy, _ = self.trained("decode", name, fresh, lambda _: decode(
                 config, self.policy(name), training, labelled, name))
         return policy, len(labelled)
 
     def evaluate(self, name):
-        """-> (returns, film) of a pixel policy, or (returns, None) of "expert" and "random"."""
+        """-> (returns, film, held-out error of the actions, see `action_nmse`) of a pixel policy,
+        or (returns, None, None) of "expert" and "random"."""
         def compute(_):
             if name in ("expert", "random"):
-                return torch.from_numpy(evaluate_state_policy(self.config, name)), None
+                return torch.from_numpy(evaluate_state_policy(self.config, name)), None, None
             student = self.masks[0] if self.config.mask_input else None
             policy, _ = self.decode(name)
+            error = action_nmse(policy, self.windows[1])
             returns, film = evaluate(self.config, policy, name, student, self.pmap)
-            return torch.from_numpy(returns), torch.from_numpy(film)
+            return torch.from_numpy(returns), torch.from_numpy(film), error
 
-        returns, film = self.cached("evaluate", name, compute)
-        return returns.numpy(), None if film is None else film.numpy()
+        returns, film, error = self.cached("evaluate", name, compute)
+        return returns.numpy(), None if film is None else film.numpy(), error
 
     def report(self) -> dict:
         """Write results.json, the figures and the animation; -> results.json's content."""
         config, rows, films = self.config, {}, {}
         expert, chance = (float(self.evaluate(n)[0].mean()) for n in ("expert", "random"))
         for name in (*config.methods, *CLONES):
-            returns, films[name] = self.evaluate(name)
+            returns, films[name], error = self.evaluate(name)
             mean, (_, labels) = float(returns.mean()), self.decode(name)
             rows[name] = (self.probe(name) if name in config.methods else {}) | dict(
                 return_mean=mean, return_std=float(returns.std()), return_n=len(returns),
-                normalized_return=normalized(mean, chance, expert), labels=labels)
+                normalized_return=normalized(mean, chance, expert), action_nmse=error,
+                labels=labels)
         for name in REFERENCES:
             rows[name] = self.probe(name)
 
@@ -1945,8 +2046,18 @@ class Run:
                 self.evaluate(name)
         return self.report() if until == "report" else None
 
+def compute_missing(stage, wanted):
+    """Fill the caches of runs with a stage's results of wanted [(Run, name)], side by side in
+    workers: on a CPU, where two threads on two busy cores wait for each other. On a GPU nothing is
+    done ahead: each result is computed when it is asked for."""
+    jobs = {run.path(stage, name): (run.config, run.folder, stage, name) for run, name in wanted
+            if not run.path(stage, name).exists()}
+    run, _ = wanted[0]
+    if run.pool and run.device.type == "cpu":
+        list(run.pool.map(compute_in_worker, jobs.values()))
+
 SWEEPS = {  # changes of the config, point by point
-    "labels": [dict(labels=n) for n in (50, 100, 200, 400, 800, 1600, 6400)],
+    "labels": [dict(labels=n) for n in (50, 200, 800, 3200)],  # and all that there are
     "latent": [dict(latent_dim=n) for n in (4, 16, 32, 64, 128, 256, 512)],
     "correlation": [dict(correlation=r) for r in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)],
     "offset": [dict(offset=k) for k in (1, 2, 3, 5, 10)],
@@ -1959,8 +2070,13 @@ ONE_METHOD = ("weight", "masks")  # sweeps that mean nothing to other methods th
 
 def run_sweep(config, name, folder, device, pool):
     """Run the points of a sweep, with what is in the cache; write their numbers and a figure."""
-    rows = []
-    points = [p for p in SWEEPS[name] if p.get("labels", 0) <= demonstrated(config)]
+    points, stages = SWEEPS[name], ["lam", "probe"]
+    if name == "labels":
+        most = demonstrated(config)
+        points = [p for p in points if p["labels"] < most] + [dict(labels=most)]
+        stages += ["policy", "decode"]
+
+    runs = []
     for i, changes in enumerate(points):
         methods = ("masklam",) if name in ONE_METHOD and i else config.methods
         run = Run(replace(config, **changes), folder, device, pool)
@@ -1968,17 +2084,24 @@ def run_sweep(config, name, folder, device, pool):
         _, _, iou = run.masks  # recorded here, or every worker would
         if name == "masks":
             point += f" (IoU {iou.get('training', 1.0):.2f})"
-        run.side_by_side("lam", methods)
-        found = run.side_by_side("probe", methods)
+        runs.append((point, run, methods))
+    for stage in stages:
+        extra = ("labels-only",) if stage == "decode" else ()
+        compute_missing(stage, [(run, n) for _, run, methods in runs for n in (*methods, *extra)])
+
+    rows = []
+    for point, run, methods in runs:
         if name == "labels":
-            run.side_by_side("policy", methods)
-            run.side_by_side("decode", (*methods, "labels-only"))
             expert, chance = (run.evaluate(n)[0].mean() for n in ("expert", "random"))
-            returns = {n: run.evaluate(n)[0].mean() for n in (*methods, "labels-only")}
-            found = {n: dict(normalized_return=normalized(mean, chance, expert))
-                     for n, mean in returns.items()}
-        for method, row in found.items():
-            numbers = {key: float(row[key]) for key in COLUMNS if key in row}
+            methods = (*methods, "labels-only")
+        for method in methods:
+            if name == "labels":
+                returns, _, error = run.evaluate(method)
+                found = dict(normalized_return=normalized(returns.mean(), chance, expert),
+                             action_nmse=error)
+            else:
+                found = run.probe(method)
+            numbers = {key: float(found[key]) for key in TITLES if key in found}
             rows.append(dict(point=point, method=method) | numbers)
             print(f"{point:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
     with written_whole(folder / f"sweep-{name}.csv") as temporary:
@@ -1986,7 +2109,7 @@ def run_sweep(config, name, folder, device, pool):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    plot_sweep(rows, folder / f"sweep-{name}.png")
+    plot_sweep(rows, folder / f"sweep-{name}.png", f"--task {config.task} --sweep {name}")
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -1998,28 +2121,31 @@ def masks_source(config) -> str:
     found = config.sam_checkpoint or sam_path(config.sam_model).exists()
     return "sam" if found else "simulator"
 
+def require(ok, name, value, allowed):
+    if not ok:
+        raise UserError(f"{flag(name)} is {value!r}; allowed: {allowed}")
+
 def check_config(config: Config, given=()):
     """UserError unless all fields are allowed, fit together, and those given by name matter."""
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
         for v in value if isinstance(value, tuple) else (value,):
-            if limits["choices"] and v not in limits["choices"]:
-                allowed = ", ".join(limits["choices"])
-                raise UserError(f"{flag(f.name)} is {v!r}; allowed: {allowed}")
-            low, high = limits["low"], limits["high"]
-            if low is not None and not (math.isfinite(v) and low <= v <= high):
-                raise UserError(f"{flag(f.name)} is {v}; allowed: {low} to {high}")
+            low, high, choices = limits["low"], limits["high"], limits["choices"]
+            if choices:
+                require(v in choices, f.name, v, ", ".join(choices))
+            if low is not None:
+                require(low <= v <= high, f.name, v, f"{low} to {high}")
 
     masks = masks_source(config)
     useless = dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
     useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
-    useless |= dict(correlation=config.distractor == "none", blocks=config.patch > 1,
-                    background_weight="masklam" not in config.methods)
+    useless |= dict.fromkeys(("correlation", "backgrounds"), config.distractor == "none")
+    useless |= dict(blocks=config.patch > 1, background_weight="masklam" not in config.methods)
     for name in given:
         if useless.get(name):
             raise UserError(f"{flag(name)} has no effect with the other settings; leave it out")
-    if len(set(config.methods)) < len(config.methods):
-        raise UserError("--methods names one twice")
+    once = len(set(config.methods)) == len(config.methods)
+    require(once, "methods", " ".join(config.methods), "each of them once")
     if not config.demonstration_noise and not config.exploration_noise:
         raise UserError("--demonstration-noise and --exploration-noise are 0; the probe of the "
                         "noise needs one of them")
@@ -2032,21 +2158,19 @@ def demonstrated(config) -> int:
 
 def check_sizes(config):
     """UserError unless the numbers of a config fit each other."""
+    size, masks = config.frame_size, masks_source(config)
     for name, widths in (("idm_widths", config.idm_widths), ("fdm_widths", config.fdm_widths)):
         stride = config.patch * 2 ** (len(widths) - (config.patch > 1))
-        if config.frame_size % stride:
-            raise UserError(f"--frame-size is {config.frame_size}; allowed: multiples of {stride} "
-                            f"(--patch, and a halving for each of {flag(name)})")
-    masks = masks_source(config)
-    if masks != "simulator" and config.frame_size % 16:
-        raise UserError(f"--frame-size is {config.frame_size}; allowed with --masks {masks}: "
-                        "multiples of 16")
-    if config.labels > demonstrated(config):
-        raise UserError(f"--labels is {config.labels}; allowed: 10 to {demonstrated(config)}, the "
-                        "transitions of the demonstrations, half of --episodes times --steps")
-    if masks != "simulator" and config.keyframes > config.episodes * config.steps:
-        raise UserError(f"--keyframes is {config.keyframes}; allowed: 4 to "
-                        f"{config.episodes * config.steps}, all frames")
+        require(size % stride == 0, "frame_size", size,
+                f"multiples of {stride} (--patch, and a halving for each of {flag(name)})")
+
+    if masks != "simulator":
+        frames = config.episodes * config.steps
+        require(size % 16 == 0, "frame_size", size, f"with --masks {masks}, multiples of 16")
+        require(config.keyframes <= frames, "keyframes", config.keyframes, f"4 to {frames}, all")
+    most = demonstrated(config)
+    require(config.labels <= most, "labels", config.labels,
+            f"10 to {most}, all transitions of demonstrations (half of --episodes, and --steps)")
 
 def check_sweep(config, options, given):
     """UserError for flags that a sweep cannot heed."""
@@ -2062,13 +2186,17 @@ def check_sweep(config, options, given):
         raise UserError("--sweep correlation has no effect with --distractor none")
 
 def check_task(config):
-    """UserError unless the task is an environment whose agent the masks would show."""
+    """UserError unless the task is an environment whose agent the masks would show, in front of
+    pictures that can be read."""
     try:
         env = Distractors(state_env(config.task), "none", camera=get_task(config.task).camera,
                           size=config.frame_size)
     except (gym.error.Error, ImportError, AttributeError, IndexError) as error:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
                         f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
+    for split in SPLITS:
+        for path in footage(config.backgrounds, split):
+            read_film(path, 8, limit=1)
     _, info = env.reset(seed=0)
     check_masks(degrade(config, info["mask"][None], generator(0, "check")), "a first")
 
@@ -2115,10 +2243,10 @@ def parse(argv):
               if hasattr(Config, k)}
     config = Config(**PRESETS[options.preset] | chosen)
     check_config(config, chosen)
-    if options.seeds is not None and not 1 <= options.seeds <= 1000:
-        raise UserError(f"--seeds is {options.seeds}; allowed: 1 to 1000")
-    if options.seeds is not None and "seed" in chosen:
-        raise UserError("--seed has no effect with --seeds; leave it out")
+    if options.seeds is not None:
+        require(1 <= options.seeds <= 1000, "seeds", options.seeds, "1 to 1000")
+        if "seed" in chosen:
+            raise UserError("--seed has no effect with --seeds; leave it out")
     if options.sweep:
         check_sweep(config, options, chosen)
     useless = set(chosen) - {"task", "seed"} | ({"seeds"} if options.seeds else set())

@@ -37,6 +37,7 @@ import segment_anything
 import torch
 import torch.nn.functional as F
 from gymnasium.utils.env_checker import check_env
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncoder, Sam,
@@ -464,6 +465,98 @@ def test_background_velocity_follows_the_action_as_much_as_asked(rho):
     assert not np.allclose(other, backdrop.projection)
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of photographs, an animation and a folder of frames, as a video of DAVIS is."""
+    folder = tmp_path / "pictures"
+    (folder / "frames").mkdir(parents=True)
+    (folder / "readme.txt").write_text("not a picture")
+    with get_sample_data("grace_hopper.jpg") as file:
+        photograph = Image.open(file).convert("RGB")
+    film = [photograph.crop((30 * i, 0, 30 * i + 300, 300)) for i in range(5)]
+    film[0].save(folder / "animation.gif", save_all=True, append_images=film[1:])
+    for i, frame in enumerate(film):
+        frame.save(folder / "frames" / f"{i:05}.png")
+    photograph.save(folder / "photograph.jpg")
+    photograph.rotate(90).convert("L").save(folder / "turned.PNG")
+    return folder
+
+
+def test_every_split_shows_other_footage(pictures):
+    shown = {split: {p.name for p in masklam.footage(str(pictures), split)}
+             for split in masklam.SPLITS}
+    assert shown == dict(training={"animation.gif", "frames"}, heldout={"photograph.jpg"},
+                         decorrelated={"photograph.jpg"}, evaluate={"turned.PNG"})
+    assert masklam.footage("", "training") == ()
+
+
+def test_footage_plays_forwards_and_backwards_from_any_frame(pictures):
+    rng = np.random.default_rng(0)
+    frames = [np.asarray(Image.open(p).resize((48, 48), Image.Resampling.BICUBIC), int)
+              for p in sorted((pictures / "frames").glob("*"))]
+    starts = set()
+    for _ in range(60):
+        tied = np.zeros((2, 1)), np.zeros(1)
+        footage = masklam.Footage(rng, tied, 1.0, 48, [pictures / "frames"])
+        footage.position[:] = 0
+        order = []
+        for _ in range(12):
+            errors = [np.abs(footage.draw() - frame).mean() for frame in frames]
+            assert min(errors) < 2
+            order.append(int(np.argmin(errors)))
+            footage.step(np.zeros(1))
+        there_and_back = [0, 1, 2, 3, 4, 4, 3, 2, 1, 0] * 3
+        assert any(there_and_back[i:i + 12] == order for i in range(10))
+        starts.add(tuple(order[:2]))
+    assert len(starts) == 10
+
+
+def test_footage_follows_the_action_as_much_as_asked_and_has_no_seam(pictures):
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (3000, 3))
+    tied = masklam.Footage.tie(actions, 0)
+    footage = masklam.Footage(rng, tied, 0.6, 48, [pictures / "photograph.jpg"])
+    velocities = []
+    for action in actions:
+        footage.step(action)
+        velocities.append(footage.velocity)
+    drive, velocities = actions @ tied[0].T, np.stack(velocities)
+    assert velocities.shape == (3000, 2)
+    correlation = [np.corrcoef(d, v)[0, 1] for d, v in zip(drive.T, velocities.T)]
+    np.testing.assert_allclose(correlation, 0.6, atol=0.06)
+    np.testing.assert_allclose(velocities.std(0), footage.SPEED, rtol=0.1)
+    jumps = []
+    for place in range(0, 200, 5):  # a seam would be a jump
+        footage.position[:] = place
+        jumps.append(np.abs(np.diff(footage.draw().astype(int), axis=1)).mean((0, 2)).max())
+    assert max(jumps) < 3 * np.median(jumps)
+
+
+def test_a_recording_shows_the_footage_behind_the_agent(pictures, tmp_path):
+    config = replace(TINY, backgrounds=str(pictures))
+    masklam.record(config, tmp_path / "video")
+    for split in masklam.SPLITS[:3]:
+        video = Video.open(tmp_path / "video" / split)
+        assert video.distractor.shape == (len(video.length), 12, 2)
+        colors = {tuple(c) for path in masklam.footage(str(pictures), split)
+                  for c in masklam.read_film(path, 64).reshape(-1, 3)}
+        behind = video.frames[video.valid][video.masks[video.valid] == 0]
+        assert len(np.unique(behind, axis=0)) > 200
+        assert {tuple(c) for c in np.unique(behind, axis=0)} <= colors
+    evaluated = masklam.make_env(config, "evaluate").reset(seed=0)[0]
+    assert (evaluated[:8] == evaluated[:8, :, :1]).all()  # the grey picture
+
+
+def test_other_files_in_the_folder_are_recorded_anew(pictures):
+    config = replace(SMOKE, backgrounds=str(pictures))
+    before = masklam.cache_key(config, "record", "video")
+    masklam.file_stamps.cache_clear()
+    assert masklam.cache_key(config, "record", "video") == before
+    (pictures / "frames" / "00000.png").write_bytes((pictures / "turned.PNG").read_bytes())
+    masklam.file_stamps.cache_clear()
+    assert masklam.cache_key(config, "record", "video") != before
+
+
 # -- video and windows ---------------------------------------------------------------------------
 
 
@@ -712,9 +805,10 @@ def test_sam_is_prompted_with_points_or_with_where_the_camera_shows_the_agent():
     seen = []
 
     class Predictor:
-        transform, device, features = SamPredictor(small_sam()).transform, torch.device("cpu"), None
+        device, features = torch.device("cpu"), None
 
-        def set_torch_image(self, pixels, size):
+        def set_image(self, frame):
+            assert frame.shape == (64, 64, 3) and frame.dtype == np.uint8
             self.features = torch.zeros(1, 64, 16, 16)
 
         def predict(self, points, labels, box):
@@ -884,7 +978,7 @@ def test_the_laptops_networks_move_pixels_and_hidden_adds_a_layer():
     obs = torch.randint(0, 256, (1, 3, 64, 64, 3), dtype=torch.uint8)
     z = torch.zeros(1, config.latent_dim)
     still = fdm(obs, z)
-    assert idm(torch.cat([obs, obs], 1)).shape == (1, 32) and still.shape == (1, 3, 64, 64)
+    assert idm(torch.cat([obs, obs], 1)).shape == z.shape and still.shape == (1, 3, 64, 64)
     other = obs.clone()
     other[0, :, 30, 30] = 255 - other[0, :, 30, 30]
     reach = torch.nonzero((fdm(other, z) != still)[0].any(0))
@@ -1168,6 +1262,10 @@ def test_cloning_and_decoding_recover_a_visible_action():
     with torch.no_grad():
         got = policy(windows.seen(np.arange(len(windows)))).numpy()
     assert masklam.nmse(got, windows.actions()).mean() < 0.05
+    rows = windows.demonstrations()  # those of the other episodes may be anything
+    windows.video.actions[1::2] = np.nan
+    of_demonstrations = masklam.nmse(got[rows], windows.actions(rows)).mean()
+    assert masklam.action_nmse(policy, windows) == pytest.approx(of_demonstrations, rel=0.1)
 
 
 def test_latents_are_an_idms_of_the_windows_in_their_order():
@@ -1458,7 +1556,8 @@ def test_a_sweep_has_a_panel_for_every_number_and_a_line_for_every_method(figure
     rows = [dict(point=f"offset {k}", method=method, probe_nmse=0.1 * k + i, leakage_r2=0.5 * i)
             for k in (1, 2, 5) for i, method in enumerate(("lapo", "masklam"))]
     rows.append(dict(point="offset 9", method="masklam", probe_nmse=3.0, leakage_r2=0.1))
-    masklam.plot_sweep(rows, tmp_path / "sweep.png")
+    masklam.plot_sweep(rows, tmp_path / "sweep.png", "what was asked")
+    assert figures[0].get_suptitle() == "what was asked"
     panels = figures[0].axes
     assert len(panels) == 2
     for panel, key, words in zip(panels, ("probe_nmse", "leakage_r2"), ("NMSE", "background")):
@@ -1598,7 +1697,7 @@ WRONG = {
     "--frame-size 15": "--frame-size is 15; allowed: 16 to 512",
     "--frame-size 513": "--frame-size is 513",
     "--frame-size 50": "--frame-size is 50; allowed: multiples of 8",
-    "--frame-size 24 --masks student": "--frame-size is 24; allowed with --masks student: multip",
+    "--frame-size 24 --masks student": "--frame-size is 24; allowed: with --masks student, mu",
     "--masks magic": "--masks is 'magic'; allowed: auto, simulator, student, sam",
     "--sam-model vit_x": "--sam-model is 'vit_x'; allowed: vit_b, vit_l, vit_h",
     "--keyframes 3 --masks student": "--keyframes is 3; allowed: 4 to",
@@ -1636,7 +1735,7 @@ WRONG = {
     "--eval-steps 0": "--eval-steps is 0; allowed: 1 to", "--eval-steps x": "--eval-steps: invalid",
     "--methods": "--methods: expected at least one argument",
     "--methods lapo vae": "--methods is 'vae'; allowed: lapo, masklam",
-    "--methods lapo lapo": "--methods names one twice",
+    "--methods lapo lapo": "--methods is 'lapo lapo'; allowed: each of them once",
     "--preset huge": "--preset: invalid choice: 'huge'", "--until dinner": "--until: invalid choi",
     "--seeds 0": "--seeds is 0; allowed: 1 to", "--seeds -1": "--seeds is -1; allowed: 1 to",
     "--seeds 1001": "--seeds is 1001", "--seeds two": "--seeds: invalid int",
@@ -1651,6 +1750,14 @@ WRONG = {
     "--task HalfCheetah-v3": "--task is 'HalfCheetah-v3'",
     "--task nosuchmodule:Foo-v0": "--task is 'nosuchmodule:Foo-v0'",
     "--task Reacher-v5": "--task Reacher-v5 has no expert: search one with --train-expert",
+    # footage
+    "--backgrounds {tmp}/missing": "allowed: a folder with four or more videos or pictures (.png",
+    "--backgrounds {tmp}": "allowed: a folder with four or more",
+    "--backgrounds {tmp}/text.pth": "allowed: a folder with four or more",
+    "--backgrounds {tmp}/broken": "three.jpg cannot be read",
+    "--backgrounds {tmp}/empty": "folder has no picture",
+    "--backgrounds {tmp}/mp4": "pip install imageio[pyav]",
+    "--backgrounds {tmp}/broken --distractor none": "--backgrounds has no effect",
     # masks without an agent
     "--erode 9": "--erode", "--erode 3 --task swimmer": "--erode", "--erode 64": "empty",
     "--shift 512": "--shift", "--shift 60": "--shift", "--occlude 1": "--occlude",
@@ -1706,6 +1813,14 @@ def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsy
     """At once, and nothing is written."""
     flags = [word.replace("{tmp}", str(tmp_path)) for word in shlex.split(line)]
     (tmp_path / "text.pth").write_bytes(b"<html>404")
+    if "--backgrounds" in line:
+        for folder, wrong in (("broken", "three.jpg"), ("mp4", "three.mp4"), ("empty", "folder")):
+            (tmp_path / folder).mkdir()
+            for name in ("0.png", "1.png", "2.png"):
+                Image.new("RGB", (20, 20)).save(tmp_path / folder / name)
+            (tmp_path / folder / wrong).write_bytes(b"<html>404")
+        (tmp_path / "empty" / "folder").unlink()
+        (tmp_path / "empty" / "folder").mkdir()
     if "list.pth" in line:
         torch.save([1, 2], tmp_path / "list.pth")
     if "other.pth" in line:
@@ -1783,7 +1898,8 @@ def test_smoke_run_prints_the_table_and_writes_every_file(smoke):
                                        "supervised-idm"}
     probed = {"probe_nmse", "probe_nmse_per_dimension", "probe_nmse_noise",
               "probe_nmse_decorrelated", "leakage_r2"}
-    returned = {"return_mean", "return_std", "return_n", "normalized_return", "labels"}
+    returned = {"return_mean", "return_std", "return_n", "normalized_return", "action_nmse",
+                "labels"}
     assert set(results["methods"]["masklam"]) == probed | returned
     assert set(results["methods"]["past-only"]) == probed
     assert set(results["methods"]["oracle"]) == returned
@@ -1860,13 +1976,14 @@ def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, c
 def test_a_sweep_reuses_what_is_there_and_writes_a_row_for_every_point_and_method(
         smoke, monkeypatch, tmp_path):
     folder, _, results = smoke
-    points, compute = [dict(correlation=0.5), dict(correlation=0.0)], masklam.Run.side_by_side
+    points, compute = [dict(correlation=0.5), dict(correlation=0.0)], masklam.compute_missing
 
-    def side_by_side(run, *given):
-        assert {"videos", "masks"} <= set(vars(run))  # or every worker would record them
-        return compute(run, *given)
+    def compute_missing(stage, wanted):
+        for run, _ in wanted:
+            assert {"videos", "masks"} <= set(vars(run))  # or every worker would record them
+        return compute(stage, wanted)
 
-    monkeypatch.setattr(masklam.Run, "side_by_side", side_by_side)
+    monkeypatch.setattr(masklam, "compute_missing", compute_missing)
     monkeypatch.setitem(masklam.SWEEPS, "correlation", points)
     assert masklam.main([*FLAGS, "--out", str(folder.parent), "--sweep", "correlation"]) == 0
     with open(folder / "sweep-correlation.csv", newline="") as file:
