@@ -70,7 +70,6 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-
 # ==== 2. Config ===================================================================================
 # Every number that shapes a run, once: its default, meaning, allowed range, and the stage that it
 # belongs to: a change redoes that stage and those after it. The command line is made from this
@@ -85,7 +84,6 @@ CLONES = ("oracle", "labels-only")  # policies cloned from true actions: all, th
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}  # official names end in the start of their SHA-256
-
 def option(stage, default, text, low=None, high=None, choices=None):
     """A dataclass field that knows its stage, its help text and what values it allows."""
     limits = dict(low=low, high=high, choices=choices)
@@ -160,6 +158,11 @@ PRESETS = {
 class UserError(Exception):
     """Something the user can mend: reported as one line, exit status 2."""
 
+def require(ok, message: str):
+    """UserError with this message, unless ok."""
+    if not ok:
+        raise UserError(message)
+
 def first_line(error) -> str:
     return (str(error) or type(error).__name__).splitlines()[0][:100]
 
@@ -186,11 +189,10 @@ def save_torch(path, payload):
 def load_torch(path):
     """What save_torch wrote; UserError for a file that is damaged or was another's."""
     data = path.read_bytes()
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
-        raise UserError(f"{path} is damaged; delete it, or pass --fresh")
+    intact = hashlib.sha256(data[32:]).digest() == data[:32]
+    require(intact, f"{path} is damaged; delete it, or pass --fresh")
     name, payload = torch.load(io.BytesIO(data[32:]), "cpu", weights_only=True)
-    if name != path.name:
-        raise UserError(f"{path} is a copy of {name}; delete it, or pass --fresh")
+    require(name == path.name, f"{path} is a copy of {name}; delete it, or pass --fresh")
     return payload
 
 def save_json(path, value):
@@ -201,29 +203,20 @@ def save_json(path, value):
     with written_whole(path) as temporary:
         temporary.write_text(text + "\n")
 
-def array_checksums(folder) -> dict:
-    """{path in the folder: CRC-32} of all its arrays."""
+def checksums(folder) -> dict:
+    """{path in the folder: SHA-256} of all its arrays."""
     sums = {}
     for path in sorted(folder.rglob("*.npy")):
-        checksum = 0
         with open(path, "rb") as file:
-            while part := file.read(1 << 24):
-                checksum = zlib.crc32(part, checksum)
-        sums[str(path.relative_to(folder))] = checksum
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        sums[str(path.relative_to(folder))] = digest
     return sums
 
-@functools.cache
-def check_arrays(folder):
-    """UserError unless a folder's arrays are what its checksums.json says; once a process."""
-    try:
-        known = json.loads((folder / "checksums.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder / 'checksums.json'} is damaged; pass --fresh") from error
-    found = array_checksums(folder)
+def check_arrays(folder, known: dict):
+    """UserError unless a folder's arrays have the checksums known of them."""
+    found = checksums(folder)
     for name in known:
-        if known[name] != found.get(name):
-            raise UserError(f"{folder / name} is damaged; pass --fresh")
-
+        require(known[name] == found.get(name), f"{folder / name} is damaged; pass --fresh")
 
 # ==== 3. Video [record] ===========================================================================
 # In: episodes in memory-mapped arrays. Out: index arithmetic that cuts training windows from them.
@@ -237,22 +230,18 @@ def generator(*purpose) -> np.random.Generator:
 class Video:
     """Episodes: frames[e, t] is what the agent sees when it chooses actions[e, t].
 
-    frames (E, T, H, W, 3) u8; masks (E, T, H, W) u8, 255 = agent; length (E,) i64, frames until an
-    episode ended. Known for recordings, None for video of one's own, and read by nothing but
-    probe, decoder and references: actions (E, T, A), executed, and intended (E, T, A), before noise
-    was added, both scaled to [-1, 1]; rewards (E, T) for moving; states (E, T, S); distractor
-    (E, T, D), how the background moved from t to t + 1, all f32; demonstration (E,) bool, quiet
-    episodes to clone, where the others explore."""
+    Recordings know all of these, all f32 but for the flags; video of one's own has None. Nothing
+    but probe, decoder and references reads actions. `valid` says which frames there are."""
 
-    frames: np.ndarray
-    masks: np.ndarray
-    length: np.ndarray
-    actions: np.ndarray | None = None
-    intended: np.ndarray | None = None
-    rewards: np.ndarray | None = None
-    states: np.ndarray | None = None
-    distractor: np.ndarray | None = None
-    demonstration: np.ndarray | None = None
+    frames: np.ndarray  # (E, T, H, W, 3) u8
+    masks: np.ndarray  # (E, T, H, W) u8, 255 = agent
+    length: np.ndarray  # (E,) i64, frames until the episode ended
+    actions: np.ndarray | None = None  # (E, T, A) as executed, scaled to [-1, 1]
+    intended: np.ndarray | None = None  # (E, T, A) before noise was added
+    rewards: np.ndarray | None = None  # (E, T) for moving
+    states: np.ndarray | None = None  # (E, T, S)
+    distractor: np.ndarray | None = None  # (E, T, D), how the background moved from t to t + 1
+    demonstration: np.ndarray | None = None  # (E,) bool, to be cloned; the others explore
 
     @classmethod
     def open(cls, folder, mode="c"):
@@ -263,19 +252,19 @@ class Video:
     def create(cls, folder, E, T, size, A, S, D):
         """Make files that take their room on disk at once. Length, which comes last, is 0 for what
         is still to be recorded."""
-        shapes = dict(
-            frames=(np.uint8, E, T, size, size, 3), masks=(np.uint8, E, T, size, size),
-            actions=(np.float32, E, T, A), intended=(np.float32, E, T, A),
-            rewards=(np.float32, E, T), states=(np.float32, E, T, S),
-            distractor=(np.float32, E, T, D), demonstration=(bool, E), length=(np.int64, E))
+        shapes = dict(frames=(T, size, size, 3), masks=(T, size, size), actions=(T, A),
+                      intended=(T, A), rewards=(T,), states=(T, S), distractor=(T, D),
+                      demonstration=(), length=())
+        kinds = dict(frames=np.uint8, masks=np.uint8, demonstration=bool, length=np.int64)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, (kind, *shape) in shapes.items():
-            descr = np.lib.format.dtype_to_descr(np.dtype(kind))
-            header = dict(descr=descr, fortran_order=False, shape=tuple(shape))
+        for name, shape in shapes.items():
+            episode = np.zeros(shape, kinds.get(name, np.float32))
+            descr = np.lib.format.dtype_to_descr(episode.dtype)
+            header = dict(descr=descr, fortran_order=False, shape=(E, *shape))
             with open(folder / f"{name}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for _ in range(E):
-                    file.write(np.zeros(shape[1:], kind).tobytes())
+                    file.write(episode.tobytes())
 
     @property
     def valid(self) -> np.ndarray:
@@ -329,10 +318,6 @@ class Windows:
         """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
         return self.video.actions[self.e[chosen], self.t[chosen]]
 
-    def labels(self, chosen):
-        """`actions` as a tensor where the frames are."""
-        return torch.from_numpy(self.actions(chosen)).to(self.device)
-
     def noise(self, chosen=slice(None)):
         """(B, A) f32: the part of the executed actions that no past frame tells."""
         return self.actions(chosen) - self.video.intended[self.e[chosen], self.t[chosen]]
@@ -351,7 +336,6 @@ def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
     lower = torch.is_autocast_enabled(frames.device.type)
     floats = tiles.to(torch.bfloat16 if lower else torch.float32)
     return floats.sub_(127.5).div_(255).permute(0, 3, 1, 2)  # x - 127.5 is exact in bfloat16 too
-
 
 # ==== 4. Networks [mask] ==========================================================================
 # The IDM turns six frames into a latent action, the FDM three frames and a latent action into the
@@ -423,10 +407,8 @@ class FrameEncoder(nn.Module):
         else:
             self.encoder = patch_encoder(channels, widths)
         inputs = widths[-1] * map_side(config, widths)**2
-        if config.hidden:
-            self.head = mlp(inputs, outputs, config.hidden)
-        else:
-            self.head = nn.Linear(inputs, outputs)
+        hidden = config.hidden
+        self.head = mlp(inputs, outputs, hidden) if hidden else nn.Linear(inputs, outputs)
 
     def forward(self, frames):
         return self.head(self.encoder(to_float(frames, self.patch)).flatten(1))  # (B, outputs)
@@ -523,8 +505,8 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
         losses.append(loss.detach())
         if (step + 1) % every == 0:
             mean = sum(float(x) for x in losses) / len(losses)
-            if not math.isfinite(mean):
-                raise UserError(f"the loss of {text} is {mean} by update {step + 1}: lower its lr")
+            require(math.isfinite(mean), f"the loss of {text} is {mean} by update {step + 1}: "
+                    "lower its learning rate")
             history.append((step + 1, mean, report(step + 1) if report else None))
             losses = []
         if checkpoint and time.monotonic() - saved_at > 30:
@@ -533,7 +515,6 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
                 losses=[float(x) for x in losses], history=history))
             saved_at = time.monotonic()
     return history
-
 
 # ==== 5. Latent action models [lam] ===============================================================
 # In: windows of a Video. Out: an IDM whose latent actions explain what the loss asks for. One loop
@@ -631,7 +612,8 @@ def train_lam(config, windows, method, labelled=None, checkpoint=None):
 
     def action_error(chosen):
         z = idm(windows.seen(chosen, idm.frames))
-        return F.mse_loss(networks["head"](z).float(), windows.labels(chosen))
+        true = torch.from_numpy(windows.actions(chosen)).to(device)
+        return F.mse_loss(networks["head"](z).float(), true)
 
     def loss(step):
         rng = generator(config.seed, "lam", step)
@@ -665,7 +647,6 @@ def latents(network, windows: Windows, chosen: np.ndarray) -> np.ndarray:
         parts.append(z.float().cpu())
     return torch.cat(parts).numpy()
 
-
 # ==== 6. Linear probe [probe] =====================================================================
 # In: latent actions and true actions of training and held-out episodes. Out: how much of the action
 # a linear map reads from the latent. Closed form, so nothing is tuned and nothing can diverge.
@@ -681,9 +662,8 @@ def ridge(inputs, targets, penalty=1e-4):
 def nmse(prediction, target) -> np.ndarray:
     """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
     variance = target.var(0)
-    if (variance < 1e-12).any():
-        constant = np.flatnonzero(variance < 1e-12).tolist()
-        raise UserError(f"dimensions {constant} of what is probed never change: no NMSE")
+    constant = np.flatnonzero(variance < 1e-12).tolist()
+    require(not constant, f"dimensions {constant} of what is probed never change: no NMSE")
     return ((prediction - target) ** 2).mean(0) / variance
 
 def r2(prediction, target) -> float:
@@ -723,7 +703,6 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, li
         probe_nmse_decorrelated=float(nmse(action(z_others), decorrelated.actions()).mean()),
         leakage_r2=r2(background(z_unseen), next_background(heldout, unseen)))
 
-
 # ==== 7. Latent policy [policy] ===================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
@@ -759,27 +738,34 @@ def regress_few(config, network, inputs, targets, rows, lr, text):
     first, held = np.split(rows, [len(rows) * 4 // 5])
     stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
     network.load_state_dict(fresh)
-    history = fit(rows=rows, stop=stop)
-    return network.eval(), history
+    fit(rows=rows, stop=stop)
+    network.eval()
 
 def make_policy(config, outputs):
     """A fresh network from the stack obs to `outputs` numbers, actions or latent actions."""
     torch.manual_seed(config.seed + 1)
     return channels_last(FrameEncoder(config, 3, outputs))
 
-def make_decoder(config, actions):
-    """A fresh MLP from latent actions to actions."""
-    torch.manual_seed(config.seed + 2)
-    return mlp(config.latent_dim, actions)
+class LatentPolicy(nn.Module):
+    """A policy from pixels to latent actions, and a decoder on to actions (B, A)."""
+
+    frames = 3
+
+    def __init__(self, config, actions):
+        super().__init__()
+        self.policy = make_policy(config, config.latent_dim)
+        torch.manual_seed(config.seed + 2)
+        self.decoder = mlp(config.latent_dim, actions)
+
+    def forward(self, obs):
+        return self.decoder(self.policy(obs))
 
 def clone(config, windows, targets, text, checkpoint=None):
-    """Behaviour cloning of targets (len(windows), D), latent or true actions.
-    -> policy, history of `train`; so do the two functions below."""
+    """Behaviour cloning of targets (len(windows), D), latent or true actions -> policy."""
     policy = make_policy(config, targets.shape[1]).to(windows.device)
-    rows = windows.demonstrations()
-    history = regress(config, policy, windows.seen, targets, rows, config.policy_updates,
-                      config.policy_lr, text, checkpoint)
-    return policy.eval(), history
+    regress(config, policy, windows.seen, targets, windows.demonstrations(),
+            config.policy_updates, config.policy_lr, text, checkpoint)
+    return policy.eval()
 
 def latent_targets(idm, windows) -> np.ndarray:
     """What a frozen IDM says of the demonstrations (len(windows), Z), 0 elsewhere; scaled to unit
@@ -790,34 +776,28 @@ def latent_targets(idm, windows) -> np.ndarray:
     targets[rows] = (z - z.mean(0)) / (z.std(0) + 1e-6)
     return targets
 
-def acting(policy, decoder):
-    """A policy from pixels to latent actions, and on to actions."""
-    network = nn.Sequential(policy, decoder)
-    network.frames = policy.frames
-    return network
-
 def decode(config, policy, windows, labelled, text):
     """Teach a policy that emits latent actions what they do -> one that emits actions.
     True actions are read of the windows `labelled` (n,) alone."""
     cloned = torch.from_numpy(latents(policy, windows, labelled)).to(windows.device)
     actions = windows.actions(labelled)
-    decoder = make_decoder(config, actions.shape[1]).to(windows.device)
-    rows = np.arange(len(labelled))
-    _, history = regress_few(config, decoder, lambda batch: cloned[torch.from_numpy(batch)],
-                             actions, rows, 1e-3, f"{text} decoder")
-    return acting(policy, decoder), history
+    whole = LatentPolicy(config, actions.shape[1]).to(windows.device)
+    whole.policy.load_state_dict(policy.state_dict())
+    regress_few(config, whole.decoder, lambda batch: cloned[torch.from_numpy(batch)], actions,
+                np.arange(len(labelled)), 1e-3, f"{text} decoder")
+    return whole.eval()
+
+def clone_labels(config, windows, labelled):
+    """Behaviour cloning of the labelled windows (n,) alone, for as long as serves it -> policy."""
+    policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
+    regress_few(config, policy, windows.seen, windows.actions(), labelled, config.policy_lr,
+                "labels-only")
+    return policy
 
 def action_nmse(policy, windows) -> float:
     """NMSE of a pixel policy's actions (n, A) on the demonstrations of windows."""
     rows = windows.demonstrations()
     return float(nmse(latents(policy, windows, rows), windows.actions(rows)).mean())
-
-def clone_labels(config, windows, labelled):
-    """Behaviour cloning of the labelled windows alone, for as long as serves it."""
-    policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
-    return regress_few(config, policy, windows.seen, windows.actions(), labelled,
-                       config.policy_lr, "labels-only")
-
 
 # ==== 8. Bodies [record] ==========================================================================
 # A task is a Gymnasium MuJoCo environment, a camera that shows its agent whole, and an expert to
@@ -962,7 +942,6 @@ def state_rollout(job):
             break
     return np.stack(states), np.stack(actions), np.array(rewards)
 
-
 # ==== 9. Renderer [record] ========================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
 # once what the distractors are composed behind and the simulator's own mask. Casting rays, one a
@@ -995,22 +974,19 @@ class AgentRenderer:
         self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
         mujoco.mj_forward(self.model, self.data)
         self.agent = agent_geoms(model)
-        self.drawn = np.flatnonzero(model.geom_bodyid > 0)  # what moves: agent, objects, goals
         slope = math.tan(math.radians(model.vis.global_.fovy) / 2)
-        self.pixel = 2 * slope / size  # width of one, 1 m away
-
         center = self.data.subtree_com[1]
         if camera is None:
             reach = np.linalg.norm(self.data.geom_xpos - center, axis=1) + model.geom_rbound
-            self.camera = (1.5 * reach[self.drawn].max() / slope, -20, 0)
+            self.camera = (1.5 * reach[model.geom_bodyid > 0].max() / slope, -20, 0)
         self.height = center[2] + self.camera[2]
 
         # Five rays a pixel, no two of them in a row or column; the first is in the middle.
         inside = np.array([(0, 0), (-2, -1), (-1, 2), (1, -2), (2, 1)]) / 5
         places = np.indices((size, size)).reshape(2, -1, 1) + 0.5 - size / 2 + inside.T[:, None]
-        rays = np.stack([*self.pixel * places[::-1], np.ones_like(places[0])], -1)
+        pixel = 2 * slope / size  # width of one, 1 m away
+        rays = np.stack([*pixel * places[::-1], np.ones_like(places[0])], -1)
         self.rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)  # (size^2, 5, 3)
-        self.view = None
 
     def __call__(self, qpos, view=NO_VIEW, tint=None):
         """Draw one state.
@@ -1023,32 +999,26 @@ class AgentRenderer:
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_comPos(self.model, self.data)
-        if self.view is None or (self.view != view).any():
-            self._turn(np.array(view))
-        target = np.array([*self.data.subtree_com[1, :2], self.height])
-        self.eye = target - self.camera[0] * view[3] * self.axes[2]
 
-        layers = self._cast(self.world_rays[:, 0], colors)  # red, green, blue, alpha, agent
-        pixels = np.flatnonzero(outline(layers[:, 3].reshape(n, n) > 0))
-        around = self._cast(self.world_rays[pixels, 1:].reshape(-1, 3), colors)
-        layers[pixels] = (layers[pixels] + around.reshape(-1, 4, 5).sum(1)) / 5
-        layers = (layers + 0.5).astype(np.uint8).reshape(n, n, 5)
-        return layers[..., :3], layers[..., 3], layers[..., 4]
-
-    def _turn(self, view):
-        """Turn the camera: `axes` (3, 3), right, down and ahead, and `world_rays`."""
         degrees = (90 + view[0], self.camera[1] + view[1], view[2])
         (ca, ce, cr), (sa, se, sr) = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         ahead, side = np.array([ca * ce, sa * ce, se]), np.array([sa, -ca, 0])
         up = np.array([-ca * se, -sa * se, ce])
-        self.axes = np.stack([cr * side - sr * up, -cr * up - sr * side, ahead])
-        self.view, self.world_rays = view, self.rays @ self.axes
+        rays = self.rays @ np.stack([cr * side - sr * up, -cr * up - sr * side, ahead])
+        eye = [*self.data.subtree_com[1, :2], self.height] - self.camera[0] * view[3] * ahead
 
-    def _cast(self, rays, colors):
-        """Rays (n, 3) from the eye -> layers (n, 5) f32 up to 255, lit from the eye and above."""
+        layers = self._cast(eye, rays[:, 0], colors)  # red, green, blue, alpha, agent
+        pixels = np.flatnonzero(outline(layers[:, 3].reshape(n, n) > 0))
+        around = self._cast(eye, rays[pixels, 1:].reshape(-1, 3), colors)
+        layers[pixels] = (layers[pixels] + around.reshape(-1, 4, 5).sum(1)) / 5
+        layers = (layers + 0.5).astype(np.uint8).reshape(n, n, 5)
+        return layers[..., :3], layers[..., 3], layers[..., 4]
+
+    def _cast(self, eye, rays, colors):
+        """Rays (n, 3) from the eye (3,) -> layers (n, 5) f32 up to 255."""
         n = len(rays)
         geom, distance, normal = np.zeros(n, np.int32), np.zeros(n), np.zeros((n, 3))
-        mujoco.mj_multiRay(self.model, self.data, self.eye, rays.ravel(), None, False, -1, geom,
+        mujoco.mj_multiRay(self.model, self.data, eye, rays.ravel(), None, False, -1, geom,
                            distance, normal.reshape(-1), n, mujoco.mjMAXVAL)
         hit, layers = np.flatnonzero(geom >= 0), np.zeros((n, 5), np.float32)
         facing = np.abs(np.einsum("ni,ni->n", normal[hit], rays[hit]))
@@ -1057,7 +1027,6 @@ class AgentRenderer:
         layers[hit, 3] = 255
         layers[hit, 4] = 255 * self.agent[geom[hit]]
         return layers
-
 
 # ==== 10. Distractors [record] ====================================================================
 # In: a Gymnasium MuJoCo environment. Out: the same environment with 64x64 pixel observations in
@@ -1076,8 +1045,8 @@ class Backdrop:
     D = 2 * (TEXTURES + SPRITES)  # velocities: down and right of each
     COLORS = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
 
-    def __init__(self, rng, tied, correlation=0.5, size=64):
-        self.rng, self.correlation, self.size = rng, correlation, size
+    def __init__(self, rng, tied, correlation=0.5, size=64, files=()):
+        self.rng, self.correlation, self.size, self.files = rng, correlation, size, files
         self.projection, self.mean = tied
         self.margin = size // 2  # sprites wrap around out of sight
         self.period = size + 2 * self.margin
@@ -1147,70 +1116,59 @@ class Backdrop:
         visible = slice(self.margin, self.margin + self.size)
         return canvas[visible, visible, None].view(np.uint8)[..., :3]
 
-PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".mp4")
-
-def is_picture(path) -> bool:
-    return path.suffix.lower() in PICTURES
-
-def footage(folder: str, split: str) -> tuple:
-    """What a split shows of a folder, where a folder of pictures is a video, as in DAVIS: half of
-    the videos and pictures are for training, a quarter for both ways of probing, a quarter for
-    evaluation. UserError where there are fewer than four."""
-    if not folder:
-        return ()
-    known = [p for p in sorted(Path(folder).glob("*")) if p.is_dir() or is_picture(p)]
-    if len(known) < 4:
-        raise UserError(f"--backgrounds is {folder!r}; allowed: a folder with four or more videos "
-                        f"or pictures ({' '.join(PICTURES)}), or folders of them")
-    places = dict(training=(0, 1), heldout=(2,), decorrelated=(2,), evaluate=(3,))[split]
-    return tuple(path for i, path in enumerate(known) if i % 4 in places)
-
-@functools.cache
-def read_film(path, side, limit=100):
-    """The first frames of a video, or of a folder of pictures, cut to squares: (n, side, side, 3)
-    u8, n <= limit."""
-    pictures = filter(is_picture, sorted(path.glob("*"))) if path.is_dir() else [path]
-    plugins = {".mp4": "pyav"}  # which a user who has no films need not install
-    frames = (frame for picture in pictures for frame in
-              imageio.imiter(picture, plugin=plugins.get(picture.suffix.lower(), "pillow")))
-    try:
-        film = [ImageOps.fit(Image.fromarray(frame).convert("RGB"), (side, side))
-                for frame in itertools.islice(frames, limit)]
-    except (OSError, ImportError, ValueError, TypeError) as error:
-        raise UserError(f"--backgrounds: {path} cannot be read ({error})") from error
-    if not film:
-        raise UserError(f"--backgrounds: {path} has no picture")
-    return np.stack(film)
-
-def reflect(i, n):
-    """0, 1, .. n - 1 and back again, for ever."""
-    return np.minimum(i % (2 * n), 2 * n - 1 - i % (2 * n))
-
 class Footage(Backdrop):
     """A video, or a picture, behind the agent: one of `files` an episode, from any frame forwards
     and backwards. It moves as a whole, and goes on as its mirror image."""
 
     D = 2
 
-    def __init__(self, rng, tied, correlation, size, files):
-        self.files = files
-        super().__init__(rng, tied, correlation, size)
-
     def paint(self):
         path = self.files[self.rng.integers(len(self.files))]
-        self.film = read_film(path, self.size)
+        frames = read_film(path, self.size)
+        self.film = np.concatenate([frames, frames[::-1]])  # there and back again
         self.period = 2 * self.size  # the picture and its mirror image
-        self.time = int(self.rng.integers(2 * len(self.film)))
+        self.time = int(self.rng.integers(len(self.film)))
 
     def step(self, action):
         super().step(action)
         self.time += 1
 
     def draw(self):
-        frame = self.film[reflect(self.time, len(self.film))]
-        corner = self.position.T.astype(int)  # (2, 1)
-        y, x = reflect(corner + np.arange(self.size), self.size)
-        return frame[np.ix_(y, x)]
+        frame = self.film[self.time % len(self.film)]
+        mirrored = np.pad(frame, ((0, self.size), (0, self.size), (0, 0)), "symmetric")
+        corner = -self.position[0].astype(int)
+        return np.roll(mirrored, corner, (0, 1))[:self.size, :self.size]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".mp4")
+
+@functools.cache
+def read_film(path, side, limit=100):
+    """The first frames of a video, a picture or a folder of pictures (a video, as in DAVIS), cut to
+    squares: (n, side, side, 3) u8, n <= limit."""
+    film = []
+    try:
+        for file in sorted(path.glob("*")) if path.is_dir() else [path]:
+            if file.suffix.lower() in PICTURES:
+                plugin = "pyav" if file.suffix.lower() == ".mp4" else "pillow"
+                for frame in itertools.islice(imageio.imiter(file, plugin=plugin), limit):
+                    image = Image.fromarray(frame).convert("RGB")
+                    film.append(ImageOps.fit(image, (side, side)))
+    except (OSError, ImportError, ValueError, TypeError) as error:
+        raise UserError(f"--backgrounds: {path} cannot be read ({error})") from error
+    require(film, f"--backgrounds: {path} has no picture")
+    return np.stack(film[:limit])
+
+def footage(folder: str, split: str) -> tuple:
+    """What a split shows of a folder: half of its videos, pictures and folders are for training, a
+    quarter for both ways of probing, a quarter for evaluation."""
+    if not folder:
+        return ()
+    known = [p for p in sorted(Path(folder).glob("*"))
+             if p.is_dir() or p.suffix.lower() in PICTURES]
+    require(len(known) >= 4, f"--backgrounds is {folder!r}; allowed: a folder with four or more "
+            f"videos or pictures ({' '.join(PICTURES)}), or folders of them")
+    places = dict(training=(0, 1), heldout=(2,), decorrelated=(2,), evaluate=(3,))[split]
+    return tuple(path for i, path in enumerate(known) if i % 4 in places)
 
 class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
@@ -1233,11 +1191,11 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         super().__init__(env)
         if level not in DISTRACTORS:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(DISTRACTORS)}")
-        self.level, self.correlation, self.size = level, correlation, size
+        self.level, self.correlation, self.size, self.files = level, correlation, size, files
         self.action_dim = self.action_space.shape[0]
+        self.kind = Footage if files else Backdrop
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, self.action_dim))
-        self.make_backdrop = functools.partial(Footage, files=files) if files else Backdrop
-        self.tied = tied or (Footage if files else Backdrop).tie(uniform, 0)
+        self.tied = tied or self.kind.tie(uniform, 0)
         self.renderer = AgentRenderer(env.unwrapped.model, camera, size)
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.rng, self.frame = np.random.default_rng(), None
@@ -1247,7 +1205,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         state, info = self.env.reset(seed=seed, options=options)
         if seed is not None:
             self.rng = np.random.default_rng([seed, 1])
-        self.backdrop = self.make_backdrop(self.rng, self.tied, self.correlation, self.size)
+        self.backdrop = self.kind(self.rng, self.tied, self.correlation, self.size, self.files)
         geoms = self.unwrapped.model.ngeom
         self.limit = self.SCALE * np.array([90, 90, 90, 0.5] + [1] * 3 * geoms)
         self.pose = self.rng.uniform(-self.limit, self.limit)  # view, then a tint of every geom
@@ -1268,12 +1226,10 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return observation, reward, terminated, truncated, info
 
     def _observe(self, state, info, executed):
-        qpos = self.unwrapped.data.qpos
+        view, tint = NO_VIEW, None
         if self.level == "hard":
             view, tint = self.pose[:4] + NO_VIEW, self.pose[4:].reshape(-1, 3)
-            rgb, alpha, mask = self.renderer(qpos, view, tint)
-        else:
-            rgb, alpha, mask = self.renderer(qpos)
+        rgb, alpha, mask = self.renderer(self.unwrapped.data.qpos, view, tint)
         behind = self.plain if self.level == "none" else self.backdrop.draw()
         weighted = behind * (255 - alpha.astype(np.uint16))[..., None]
         self.frame = rgb + ((weighted + 128) // 255).astype(np.uint8)
@@ -1282,7 +1238,6 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     def render(self):
         return self.frame
-
 
 # ==== 11. Recording [record] ======================================================================
 # In: a body, its expert and its distractors. Out: three videos of episodes, half of them quiet
@@ -1322,7 +1277,8 @@ def make_env(config, split="training"):
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
 def record_episode(job) -> int:
-    """Record episode `index` of (config, folder, index, seed) into its files, named by a split."""
+    """Record episode `index` of (config, folder, index, seed) into its files, named by a split.
+    Returns how many frames it has."""
     config, folder, index, seed = job
     env, video = cached_env(config, folder.name), Video.open(folder, "r+")
     rng = generator(seed, "act")
@@ -1349,8 +1305,8 @@ def record(config, folder, pmap=map):
     """Record three videos, going on where an earlier call was stopped; -> frames recorded.
 
     folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
-    heldout whose background no longer follows the action (rho = 0). pmap: a pool's map.
-    UserError where the disk has no room, or the simulation goes astray."""
+    heldout whose background no longer follows the action (rho = 0). pmap: `map`, or one that
+    works in parallel. UserError where the disk has no room, or the simulation goes astray."""
     env = state_env(config.task)
     D = Footage.D if config.backgrounds else Backdrop.D
     sizes = env.action_space.shape[0], env.observation_space.shape[0], D
@@ -1359,9 +1315,9 @@ def record(config, folder, pmap=map):
     frame_bytes = 4 * config.frame_size**2 + 4 * (sizes[0] + 1 + sum(sizes))
     need = sum(episodes.values()) * config.steps * frame_bytes
     free = shutil.disk_usage(folder.parent).free
-    if not folder.exists() and need > free:
-        raise UserError(f"a recording of {need / 1e9:.1f} GB does not fit into {folder.parent}, "
-                        f"which has {free / 1e9:.1f}: fewer --episodes or --steps")
+    require(folder.exists() or need < free,
+            f"a recording of {need / 1e9:.1f} GB does not fit into {folder.parent}, "
+            f"which has {free / 1e9:.1f}: fewer --episodes or --steps")
 
     jobs = []
     for split, E in episodes.items():
@@ -1376,34 +1332,22 @@ def record(config, folder, pmap=map):
             seed = episode_seed(config, split, i)
             jobs.append((replace(config, correlation=rho), folder / split, i, seed))
 
-    frames, total = 0, len(jobs) * config.steps
-    with tqdm(desc="record", unit=" frames", leave=False, total=total) as bar:
+    frames = 0
+    with tqdm(desc="record", unit=" frames", leave=False, total=len(jobs) * config.steps) as bar:
         for count in pmap(record_episode, jobs):
             bar.update(count)
             frames += count
     for split in episodes:
         video = Video.open(folder / split)
-        if not all(np.isfinite(x).all() for x in (video.actions, video.states, video.rewards)):
-            raise UserError(f"{config.task}: a recorded state, action or reward is not a number")
-    save_json(folder / "checksums.json", array_checksums(folder))
+        for known in (video.actions, video.states, video.rewards):
+            require(np.isfinite(known).all(),
+                    f"{config.task}: a recorded state, action or reward is not a number")
     return frames
-
 
 # ==== 12. Masks [mask] ============================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
 # --masks sam the segmentation model SAM (arXiv 2304.02643) finds the agent on a few keyframes and a
 # student learns from those to mask every frame; with --masks student the simulator does SAM's part.
-
-class Student(nn.Module):
-    """Segments the agent: frames (B, 3, H, W) -> logits (B, 1, H, W), sides multiples of 16."""
-
-    def __init__(self):
-        super().__init__()
-        self.unet = UNet(12, 4, (16, 32, 64, 64), kernel=3)
-
-    def forward(self, frames):
-        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(frames, 2)), 2)
-
 def sam_path(model: str, file: str = "") -> Path:
     """Where the checkpoint of a SAM is: `file`, or its place in torch's hub cache."""
     return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
@@ -1465,6 +1409,16 @@ def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         chosen = (alone + overlap + likeness).argmax(1)
     return chosen
 
+class Student(nn.Module):
+    """Segments the agent: frames (B, 3, H, W) -> logits (B, 1, H, W), sides multiples of 16."""
+
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet(12, 4, (16, 32, 64, 64), kernel=3)
+
+    def forward(self, frames):
+        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(frames, 2)), 2)
+
 def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
     """Distil keyframes (n, H, W, 3) u8 and their masks (n, H, W) u8 into a small network.
     Mirrored, shifted by up to an eighth and stretched in colour, a few dozen are enough."""
@@ -1496,18 +1450,22 @@ def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
 def student_masks(student, frames: np.ndarray) -> np.ndarray:
     """The student's soft masks (n, H, W) u8 of frames (n, H, W, 3) u8."""
     device, masks = next(student.parameters()).device, []
-    for start in tqdm(range(0, len(frames), 128), "masks", leave=False,
-                      disable=len(frames) < 999 or None):  # None: shown on a terminal only
+    few = len(frames) < 999 or None  # None: a bar on a terminal only
+    for start in tqdm(range(0, len(frames), 128), "masks", leave=False, disable=few):
         part = torch.from_numpy(frames[start:start + 128, None].copy())
         with autocast(device):
             logits = student(to_float(part.to(device)))
         masks.append((255 * logits.float().sigmoid()).round().byte()[:, 0].cpu().numpy())
     return np.concatenate(masks)
 
-def segment_videos(config, videos, device, checkpoint=None):
-    """Masks of {name: Video} from a student of SAM, or of the simulator with --masks student.
-    Returns the student, (keyframes (n, H, W, 3), teacher's, student's and simulator's masks of them
-    (n, H, W)), {name: the student's masks (E, T, H, W)}, all u8, and {name: IoU with simulator}."""
+def find_masks(config, videos, device, checkpoint=None):
+    """Masks of {name: Video} as --masks says.
+
+    Returns the student or None, {name: masks (E, T, H, W)}, {name: IoU with the simulator's}, and
+    of the student's keyframes (frames (n, H, W, 3), teacher's, student's and simulator's masks
+    (n, H, W)) or None, all u8."""
+    if config.masks == "simulator":
+        return None, {name: video.masks for name, video in videos.items()}, {}, None
     training = videos["training"]
     e, t = np.nonzero(training.valid)
     spread = np.linspace(0, len(e) - 1, config.keyframes).astype(int)
@@ -1520,14 +1478,15 @@ def segment_videos(config, videos, device, checkpoint=None):
         found, scores = segment(predictor, frames, checkpoint=checkpoint)
         labels = np.uint8(255) * found[np.arange(len(found)), choose_masks(found, scores)]
     student = train_student(config, frames, labels, device)
-    masks, iou = {}, {"keyframes": mask_iou(labels, truth)}
+
+    masks = {}
     for name, video in videos.items():
         flat = video.frames.reshape(-1, *video.frames.shape[2:])
         masks[name] = student_masks(student, flat).reshape(video.masks.shape)
-        iou[name] = mask_iou(masks[name], video.masks, video.valid)
-        if masks[name].max() < 128:
-            raise UserError(f"the student of --masks {config.masks} sees no agent in {name} video")
-    return student, (frames, labels, student_masks(student, frames), truth), masks, iou
+        require(masks[name].max() >= 128,
+                f"the student of --masks {config.masks} sees no agent in {name} video")
+    keyframes = frames, labels, student_masks(student, frames), truth
+    return student, masks, {"keyframes": mask_iou(labels, truth)}, keyframes
 
 def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
     """Masks (n, H, W) u8 made worse as --erode, --dilate, --shift and --occlude say, in this order.
@@ -1548,29 +1507,27 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
 def check_masks(masks: np.ndarray, name: str):
     """UserError where masks leave nothing to weight the loss with."""
     area = float((masks >= 128).mean())
-    if area < 1e-3:
-        raise UserError(f"the masks of {name} video are empty ({100 * area:.2f} % of the frame): "
-                        "less of --erode, --shift, --occlude, or other --masks")
+    require(area > 1e-3, f"the masks of {name} video are empty ({100 * area:.2f} % of the frame): "
+            "less of --erode, --shift, --occlude, or other --masks")
 
 def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above, at `where`."""
     a, b = a[where] >= 128, b[where] >= 128
     return float((a & b).sum() / max((a | b).sum(), 1))
 
-
 # ==== 13. Evaluation [evaluate] ===================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
-# probed on. Episodes of one job step together, so that the policy sees batches.
+# probed on. A few episodes step together, so that the policy sees batches.
+def evaluation_seeds(config):
+    return [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
+
 @torch.no_grad()
-def rollout(job):
-    """Episodes of (config, pickled (policy, student or None), seeds) -> (returns (n,), film).
-    The policy maps obs (n, 3, H, W, C) u8 to actions (n, A) in [-1, 1]; the student (or the
-    simulator) masks what it sees. film: (t, H, W, 3) u8 of the first episode, t <= 200."""
-    config, pickled, seeds = job
-    policy, student = pickle.loads(pickled)
+def rollout(config, policy, seeds, student=None, device="cpu"):
+    """Run an episode a seed at once -> returns (n,), film (t, H, W, 3) u8 of the first, t <= 200.
+    The policy maps obs (n, 3, H, W, C) u8 to actions (n, A) in [-1, 1]; with --mask-input the
+    student, or else the simulator, masks what it sees."""
     envs = [make_env(config, "evaluate") for _ in seeds]
-    rng = generator(seeds[0], "degrade")
-    high = envs[0].action_space.high
+    rng, high = generator(seeds[0], "degrade"), envs[0].action_space.high
 
     def seen(frames, masks):
         """What a policy sees of frames (n, H, W, 3) -> (n, H, W, C) u8."""
@@ -1585,7 +1542,8 @@ def rollout(job):
     stack = [seen(frames, masks)] * 3  # the first frame, repeated
     returns, alive, film = np.zeros(len(envs)), np.ones(len(envs), bool), []
     for _ in range(config.eval_steps):
-        actions = policy(torch.from_numpy(np.stack(stack, 1))).numpy()
+        obs = torch.from_numpy(np.stack(stack, 1)).to(device)
+        actions = policy(obs).cpu().numpy()
         if len(film) < 200 and alive[0]:
             film.append(frames[0])
         for i in np.flatnonzero(alive):
@@ -1598,21 +1556,18 @@ def rollout(job):
         stack = stack[1:] + [seen(frames, masks)]
     return returns, np.stack(film)
 
-def evaluate(config, policy: nn.Module, text, student=None, pmap=map):
-    """Returns (eval_episodes,) of a pixel policy, and a film of the first episode."""
-    pickled = pickle.dumps((policy.cpu(), copy.deepcopy(student).cpu() if student else None))
-    seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
-    jobs = [(config, pickled, seeds[i:i + 5]) for i in range(0, len(seeds), 5)]
-    results = list(tqdm(pmap(rollout, jobs), f"evaluate {text}", len(jobs), leave=False))
-    return np.concatenate([returns for returns, _ in results]), results[0][1]
+def evaluate(config, policy: nn.Module, text, student=None, device="cpu"):
+    """Returns (eval_episodes,) of a pixel policy on `device`, and a film of the first episode."""
+    seeds, parts = evaluation_seeds(config), []
+    for start in tqdm(range(0, len(seeds), 5), f"evaluate {text}", leave=False):
+        parts.append(rollout(config, policy, seeds[start:start + 5], student, device))
+    return np.concatenate([returns for returns, _ in parts]), parts[0][1]
 
 def evaluate_state_policy(config, name):
     """Returns (eval_episodes,) of "expert" or "random", which read states, not pixels."""
     expert = load_expert(config.task) if name == "expert" else None
-    seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
     return np.array([state_rollout((config.task, expert, seed, config.eval_steps, 0, 0))[2].sum()
-                     for seed in seeds])
-
+                     for seed in evaluation_seeds(config)])
 
 # ==== 14. Report [report] =========================================================================
 # In: the numbers of all stages. Out: a table, two figures and an animation.
@@ -1633,25 +1588,21 @@ COLORS = {"lapo": "tab:red", "masklam": "tab:green", "laom": "tab:orange",
 
 def normalized(value, chance, expert):
     """A return on the scale of 0 = random and 1 = expert."""
-    if expert <= chance:
-        raise UserError(f"the expert earns {expert:.0f} and random actions {chance:.0f}: search "
-                        "the task's expert again, or evaluate longer")
+    require(expert > chance, f"the expert earns {expert:.0f} and random actions {chance:.0f}: "
+            "search the task's expert again, or evaluate longer")
     return (value - chance) / (expert - chance)
 
 def table(results: dict) -> str:
     """The results' methods and references as lines of text."""
     def cell(value):
-        if value is None:
-            return ""
-        if isinstance(value, int):
-            return str(value)
+        if value is None or isinstance(value, int):
+            return "" if value is None else str(value)
         return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
 
+    ends = {name: dict(return_mean=results[name + "_return"]) for name in ("expert", "random")}
     lines = [" " * 16 + "".join(f"{title:>11}" for title in COLUMNS.values())]
-    for name, row in results["methods"].items():
+    for name, row in (results["methods"] | ends).items():
         lines.append(f"{name:16}" + "".join(f"{cell(row.get(key)):>11}" for key in COLUMNS))
-    for name in ("expert", "random"):
-        lines.append(f"{name:16}" + " " * 44 + f"{cell(results[name + '_return']):>11}")
     lines.append(f"noise is {results['noise_share']:.2f} of the actions' variance")
     return "\n".join(lines)
 
@@ -1663,14 +1614,6 @@ def show(ax, picture, title, left=""):
 def save_figure(figure, path):
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
-
-def plot_bars(ax, rows, key, title):
-    rows = {name: row for name, row in rows.items() if key in row}
-    spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
-    ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
-           color=[COLORS[name] for name in rows])
-    ax.tick_params(axis="x", labelrotation=30, labelsize=8)
-    ax.set_title(title, fontsize=9)
 
 def picture(image: torch.Tensor) -> np.ndarray:
     """The first of (B, C, H, W) in [-0.5, 0.5] -> (H, W, C) u8."""
@@ -1684,15 +1627,23 @@ def predict_one(windows, networks):
     predicted = networks["fdm"](stacks[:, :3], networks["idm"](stacks))
     return picture(next_obs), picture(predicted), picture(mask - 0.5)[..., 0]
 
+def plot_bars(ax, rows, key):
+    """A bar for every row (a dict) that has this key."""
+    rows = {name: row for name, row in rows.items() if key in row}
+    spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
+    ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
+           color=[COLORS[name] for name in rows])
+    ax.tick_params(axis="x", labelrotation=30, labelsize=8)
+    ax.set_title(TITLES[key], fontsize=9)
+
 def plot_summary(results, predictions, path):
     """Bars of NMSEs, leakage and returns, and what each FDM predicted: {method: (true, predicted,
     mask)}, each (H, W, 3) or (H, W) u8."""
     heights = [3] + [2.5] * len(predictions)
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
     axes, *grid = figure.subplots(len(heights), 4, height_ratios=heights)
-    rows = results["methods"]
     for ax, key in zip(axes, ("probe_nmse", "probe_nmse_noise", "leakage_r2", "return_mean")):
-        plot_bars(ax, rows, key, TITLES[key])
+        plot_bars(ax, results["methods"], key)
     for (name, (true, predicted, mask)), row in zip(predictions.items(), grid):
         error = np.abs(true - predicted.astype(int)).mean(-1)
         show(row[0], true, "next frame")
@@ -1713,19 +1664,6 @@ def plot_masks(frames, labels, students, truth, path):
         show(row[3], truth[i], "simulator")
     save_figure(figure, path)
 
-def save_animation(films, path, seconds, scale=3):
-    """Side-by-side GIF of {title: (t, H, W, 3) u8}, `seconds` a frame."""
-    longest = max(len(film) for film in films.values())
-    columns = []
-    for film in films.values():
-        lasting = film[np.arange(longest).clip(max=len(film) - 1)]  # what ended stands still
-        columns.append(np.pad(lasting, ((0, 0), (0, 0), (0, 2), (0, 0))))
-    frames = np.concatenate(columns, 2).repeat(scale, 1).repeat(scale, 2)
-    images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    with written_whole(path) as file:
-        images[0].save(file, "GIF", save_all=True, append_images=images[1:],
-                       duration=round(1000 * seconds), loop=0)
-
 def plot_sweep(rows: list[dict], path, title):
     """A panel for every number in the rows, a line for every method over the points."""
     keys = [key for key in rows[0] if key in TITLES]
@@ -1741,11 +1679,23 @@ def plot_sweep(rows: list[dict], path, title):
     figure.suptitle(title)
     save_figure(figure, path)
 
+def save_animation(films, path, seconds, scale=3):
+    """Side-by-side GIF of {title: (t, H, W, 3) u8}, `seconds` a frame."""
+    longest = max(len(film) for film in films.values())
+    columns = []
+    for film in films.values():
+        lasting = film[np.arange(longest).clip(max=len(film) - 1)]  # what ended stands still
+        columns.append(np.pad(lasting, ((0, 0), (0, 0), (0, 2), (0, 0))))
+    frames = np.concatenate(columns, 2).repeat(scale, 1).repeat(scale, 2)
+    images = [Image.fromarray(frame).quantize(64) for frame in frames]
+    with written_whole(path) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:],
+                       duration=round(1000 * seconds), loop=0)
+
 def summarize(results: list[dict]) -> dict:
     """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
-    n = len(results)
+    n, methods = len(results), {}
     t95 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n - 1, 9)]
-    methods = {}
     for name, row in results[0]["methods"].items():
         methods[name] = {}
         for key in (k for k, v in row.items() if isinstance(v, (int, float))):
@@ -1754,7 +1704,6 @@ def summarize(results: list[dict]) -> dict:
             methods[name][key] = dict(mean=float(values.mean()), std=std,
                                       median=float(np.median(values)), interval=t95 * std / n**0.5)
     return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
-
 
 # ==== 15. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. A stage's results are cached under a key made of the
@@ -1777,9 +1726,8 @@ def file_stamps(path: str) -> list:
 
 def cache_key(config, stage, name) -> str:
     """Twelve hex digits that change with any field, file or line of code up to a stage."""
-    order = STAGES.index(stage)
     chosen = {f.name: getattr(config, f.name) for f in fields(config)
-              if STAGES.index(f.metadata["stage"]) <= order}
+              if STAGES.index(f.metadata["stage"]) <= STAGES.index(stage)}
     if name == "laom-labels":  # the one method that sees labels before they are decoded
         chosen["labels"] = config.labels
     files = [file_stamps(chosen[path]) for path in ("backgrounds", "sam_checkpoint")
@@ -1804,20 +1752,18 @@ def worker_pool():
     try:
         yield pool
     except BaseException:
-        workers = multiprocessing.active_children()
-        for process in workers:
+        for process in multiprocessing.active_children():
             process.terminate()
             process.join()
-        if workers:  # what is said next must not stand behind a progress bar of theirs
-            print(file=sys.stderr)
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
-def compute_in_worker(job):
-    """Compute one result of (config, folder, stage, name), which leaves it in the run's cache."""
-    config, folder, stage, name = job
-    getattr(Run(config, folder, torch.device("cpu")), stage)(name)
+def map_in(pool, function, jobs):
+    """Results in the order of jobs, from a pool's workers. `pool.map` would cancel what is left
+    when it is interrupted, and workers that then end leave a pool that stumbles over that."""
+    for future in [pool.submit(function, job) for job in jobs]:
+        yield future.result()
 
 class Run:
     """One seed's folder: its cache, its clock and its results. A stage is a method that computes a
@@ -1826,14 +1772,14 @@ class Run:
     def __init__(self, config: Config, folder: Path, device, pool=None):
         self.config, self.folder, self.device, self.pool = config, folder, device, pool
         self.cache, self.seconds = folder / "cache", {}
-        self.pmap = pool.map if pool else map
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def path(self, stage, name) -> Path:
         return self.cache / f"{stage}-{name}-{cache_key(self.config, stage, name)}.pt"
 
-    def cached(self, stage, name, compute):
-        """compute(checkpoint path) -> payload of tensors and numbers, or the one from the cache."""
+    def cached(self, stage, name, compute, fresh=None):
+        """compute(checkpoint path) -> payload of tensors and numbers, or the one from the cache.
+        With a fresh network the payload is its weights, and the network with them is returned."""
         path = self.path(stage, name)
         partial = path.with_suffix(".partial")
         if path.exists():
@@ -1845,20 +1791,22 @@ class Run:
             save_torch(path, (payload, seconds))
             partial.unlink(missing_ok=True)
         self.seconds[stage, name] = seconds
-        return payload
-
-    def side_by_side(self, stage, names):
-        """A stage's results {name: ...}, see `compute_missing`."""
-        compute_missing(stage, [(self, name) for name in names])
-        return {name: getattr(self, stage)(name) for name in names}
+        if fresh is None:
+            return payload
+        fresh.load_state_dict(payload)
+        return channels_last(fresh).to(self.device).eval()
 
     @functools.cached_property
     def videos(self):
         """{"training", "heldout", "decorrelated": Video}; records them where need be."""
         folder = self.path("record", "video").with_suffix("")
-        self.frames = self.cached("record", "video",
-                                  lambda _: record(self.config, folder, self.pmap))
-        check_arrays(folder)
+        pmap = functools.partial(map_in, self.pool) if self.pool else map
+
+        def compute(_):
+            return record(self.config, folder, pmap), checksums(folder)
+
+        self.frames, known = self.cached("record", "video", compute)
+        check_arrays(folder, known)
         return {name: Video.open(folder / name) for name in SPLITS[:3]}
 
     @functools.cached_property
@@ -1868,35 +1816,24 @@ class Run:
         folder = self.path("mask", "masks").with_suffix("")
 
         def compute(partial):
-            state, iou = None, {}
-            masks = truth = {name: video.masks for name, video in videos.items()}
-            if config.masks != "simulator":
-                student, labels, masks, iou = segment_videos(config, videos, self.device, partial)
-                plot_masks(*labels, self.folder / "masks.png")
-                state = student.state_dict()
-            if config.erode or config.dilate or config.shift or config.occlude:
-                masks = {name: np.stack([degrade(config, episode, generator(config.seed, name, i))
-                                         for i, episode in enumerate(found)])
-                         for name, found in masks.items()}
-            for name, found in masks.items():
-                check_masks(found, name)
-            if masks is not truth:
-                folder.mkdir(exist_ok=True)
-                for name, found in masks.items():
-                    iou[name] = mask_iou(found, truth[name], videos[name].valid)
-                    np.save(folder / f"{name}.npy", found)
-                save_json(folder / "checksums.json", array_checksums(folder))
-            return state, iou
+            student, masks, iou, keyframes = find_masks(config, videos, self.device, partial)
+            if keyframes:
+                plot_masks(*keyframes, self.folder / "masks.png")
+            folder.mkdir(exist_ok=True)
+            for name, video in videos.items():
+                worse = [degrade(config, episode, generator(config.seed, name, i))
+                         for i, episode in enumerate(masks[name])]
+                check_masks(np.stack(worse), name)
+                iou[name] = mask_iou(np.stack(worse), video.masks, video.valid)
+                np.save(folder / f"{name}.npy", np.stack(worse))
+            return student and student.state_dict(), iou, checksums(folder)
 
-        state, iou = self.cached("mask", "masks", compute)
-        masks, student = {name: video.masks for name, video in videos.items()}, None
-        if folder.exists():
-            check_arrays(folder)
-            masks = {name: np.load(folder / f"{name}.npy", "c") for name in videos}
-        if state:
-            student = Student().to(self.device)
+        state, iou, known = self.cached("mask", "masks", compute)
+        check_arrays(folder, known)
+        student = Student().to(self.device) if state else None
+        if student:
             student.load_state_dict(state)
-        return student, masks, iou
+        return student, {name: np.load(folder / f"{name}.npy", "c") for name in videos}, iou
 
     @functools.cached_property
     def windows(self):
@@ -1910,29 +1847,21 @@ class Run:
         """How many numbers an action has."""
         return self.videos["training"].actions.shape[2]
 
-    def trained(self, stage, name, fresh, train):
-        """fresh, with the weights that train(checkpoint) -> (network, history) gives, or once gave;
-        and the history."""
-        def compute(partial):
-            network, history = train(partial)
-            return network.state_dict(), history
-
-        state, history = self.cached(stage, name, compute)
-        fresh.load_state_dict(state)
-        return channels_last(fresh).to(self.device).eval(), history
-
     def lam(self, name):
-        """-> the networks of a method or a reference, see `make_networks`, and their history."""
+        """-> the networks of a method or a reference, see `make_networks`."""
         config, training = self.config, self.windows[0]
-        labelled = labelled_windows(config, training) if name == "laom-labels" else None
-        return self.trained("lam", name, make_networks(config, name, self.actions), lambda partial:
-                            train_lam(config, training, name, labelled, partial))
+
+        def compute(partial):
+            labelled = labelled_windows(config, training)
+            return train_lam(config, training, name, labelled, partial)[0].state_dict()
+
+        return self.cached("lam", name, compute, make_networks(config, name, self.actions))
 
     def probe(self, name):
         """-> the probe's numbers of a method's frozen IDM, or of a reference."""
         def compute(_):
-            idm = self.lam(name)[0]["idm"]
-            return probe(functools.partial(latents, idm), *self.windows, self.config.probe_windows)
+            encode = functools.partial(latents, self.lam(name)["idm"])
+            return probe(encode, *self.windows, self.config.probe_windows)
 
         return self.cached("probe", name, compute)
 
@@ -1940,15 +1869,15 @@ class Run:
         """-> a policy that emits a method's latent actions, or the oracle's, that emits actions."""
         config, training = self.config, self.windows[0]
 
-        def train(partial):
+        def compute(partial):
             if name == "oracle":
                 targets = training.actions()
             else:
-                targets = latent_targets(self.lam(name)[0]["idm"], training)
-            return clone(config, training, targets, f"{name} policy", partial)
+                targets = latent_targets(self.lam(name)["idm"], training)
+            return clone(config, training, targets, f"{name} policy", partial).state_dict()
 
         outputs = self.actions if name == "oracle" else config.latent_dim
-        return self.trained("policy", name, make_policy(config, outputs), train)[0]
+        return self.cached("policy", name, compute, make_policy(config, outputs))
 
     def decode(self, name):
         """-> (policy from pixels to actions, how many labels it used)."""
@@ -1956,16 +1885,17 @@ class Run:
         if name == "oracle":
             return self.policy(name), len(training.demonstrations())
         labelled = labelled_windows(config, training)
+
+        def compute(_):
+            if name == "labels-only":
+                return clone_labels(config, training, labelled).state_dict()
+            return decode(config, self.policy(name), training, labelled, name).state_dict()
+
         if name == "labels-only":
             fresh = make_policy(config, self.actions)
-            policy, _ = self.trained("decode", name, fresh, lambda _: clone_labels(
-                config, training, labelled))
         else:
-            fresh = acting(make_policy(config, config.latent_dim),
-                           make_decoder(config, self.actions))
-            policy, _ = self.trained("decode", name, fresh, lambda _: decode(
-                config, self.policy(name), training, labelled, name))
-        return policy, len(labelled)
+            fresh = LatentPolicy(config, self.actions)
+        return self.cached("decode", name, compute, fresh), len(labelled)
 
     def evaluate(self, name):
         """-> (returns, film, held-out error of the actions, see `action_nmse`) of a pixel policy,
@@ -1973,91 +1903,97 @@ class Run:
         def compute(_):
             if name in ("expert", "random"):
                 return torch.from_numpy(evaluate_state_policy(self.config, name)), None, None
-            student = self.masks[0] if self.config.mask_input else None
             policy, _ = self.decode(name)
-            error = action_nmse(policy, self.windows[1])
-            returns, film = evaluate(self.config, policy, name, student, self.pmap)
-            return torch.from_numpy(returns), torch.from_numpy(film), error
+            found = evaluate(self.config, policy, name, self.masks[0], self.device)
+            return *map(torch.from_numpy, found), action_nmse(policy, self.windows[1])
 
         returns, film, error = self.cached("evaluate", name, compute)
         return returns.numpy(), None if film is None else film.numpy(), error
 
+    def returns(self, name) -> dict:
+        """The numbers of a policy's evaluation."""
+        returns, _, error = self.evaluate(name)
+        expert, chance = (self.evaluate(end)[0].mean() for end in ("expert", "random"))
+        return dict(return_mean=float(returns.mean()), return_std=float(returns.std()),
+                    return_n=len(returns), action_nmse=error, labels=self.decode(name)[1],
+                    normalized_return=float(normalized(returns.mean(), chance, expert)))
+
+    def plan(self):
+        """{stage: the names of its results}."""
+        methods = self.config.methods
+        probed = (*methods, *REFERENCES)
+        return dict(lam=probed, probe=probed, policy=(*methods, "oracle"),
+                    decode=(*methods, "labels-only"),
+                    evaluate=(*methods, *CLONES, "expert", "random"))
+
+    def execute(self, until="report"):
+        """Every stage up to and including `until`; -> results.json's content if that is report."""
+        last = STAGES.index(until)
+        _ = self.videos if last == 0 else self.masks
+        for stage, names in self.plan().items():
+            if STAGES.index(stage) <= last:
+                compute_missing(stage, [(self, name) for name in names])
+                for name in names:
+                    found = getattr(self, stage)(name)
+                    if stage == "probe":
+                        print(f"{name:16} probe NMSE {found['probe_nmse']:.2f}, of the noise "
+                              f"{found['probe_nmse_noise']:.2f}")
+        return self.report() if until == "report" else None
+
     def report(self) -> dict:
         """Write results.json, the figures and the animation; -> results.json's content."""
-        config, rows, films = self.config, {}, {}
-        expert, chance = (float(self.evaluate(n)[0].mean()) for n in ("expert", "random"))
-        for name in (*config.methods, *CLONES):
-            returns, films[name], error = self.evaluate(name)
-            mean, (_, labels) = float(returns.mean()), self.decode(name)
-            rows[name] = (self.probe(name) if name in config.methods else {}) | dict(
-                return_mean=mean, return_std=float(returns.std()), return_n=len(returns),
-                normalized_return=normalized(mean, chance, expert), action_nmse=error,
-                labels=labels)
-        for name in REFERENCES:
-            rows[name] = self.probe(name)
+        config = self.config
+        rows = {name: self.returns(name) for name in (*config.methods, *CLONES)}
+        for name in (*config.methods, *REFERENCES):
+            rows[name] = self.probe(name) | rows.get(name, {})
 
         training, heldout, _ = self.windows
         share = training.noise().var(0) / training.actions().var(0)
+        spent = dict.fromkeys(STAGES[:-1], 0.0)
+        for (stage, _), seconds in self.seconds.items():
+            spent[stage] += seconds
         results = dict(
             task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
             versions={m.__name__: m.__version__ for m in (torch, mujoco, gym, np)}
             | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.masks[2],
-            seconds={stage: round(sum(s for key, s in self.seconds.items() if key[0] == stage), 1)
-                     for stage in STAGES[:-1]},
-            rates=self.rates(), noise_share=float(share.mean()), expert_return=expert,
-            random_return=chance, methods=rows)
+            seconds={stage: round(seconds, 1) for stage, seconds in spent.items()},
+            rates=self.rates(), noise_share=float(share.mean()), methods=rows)
+        for name in ("expert", "random"):
+            results[f"{name}_return"] = float(self.evaluate(name)[0].mean())
 
-        predictions = {name: predict_one(heldout, self.lam(name)[0]) for name in config.methods
+        predictions = {name: predict_one(heldout, self.lam(name)) for name in config.methods
                        if name not in LAOMS}
         plot_summary(results, predictions, self.folder / "summary.png")
-        save_animation({m: films[m] for m in config.methods}, self.folder / "rollouts.gif",
-                       state_env(config.task).dt)
+        films = {name: self.evaluate(name)[1] for name in config.methods}
+        save_animation(films, self.folder / "rollouts.gif", state_env(config.task).dt)
         save_json(self.folder / "results.json", results)
         return results
 
     def rates(self) -> dict:
         """Samples a second of the stages that take long, each by itself on its core or device."""
-        config = self.config
-        lam = [self.seconds["lam", name] for name in config.methods]
-        policy = [self.seconds["policy", name] for name in config.methods]
-        return dict(
-            frames=round(self.frames / self.seconds["record", "video"]),
-            lam=round(config.batch_size * config.lam_updates * len(lam) / sum(lam)),
-            policy=round(config.batch_size * config.policy_updates * len(policy) / sum(policy)))
+        config, rates = self.config, {}
+        for stage, updates in (("lam", config.lam_updates), ("policy", config.policy_updates)):
+            seconds = [self.seconds[stage, name] for name in config.methods]
+            rates[stage] = round(config.batch_size * updates / np.mean(seconds))
+        return rates | dict(frames=round(self.frames / self.seconds["record", "video"]))
 
-    def execute(self, until="report"):
-        """Every stage up to and including `until`; -> results.json's content if that is report."""
-        methods, last = self.config.methods, STAGES.index(until)
-        self.videos
-        if last >= STAGES.index("mask"):
-            self.masks
-        if last >= STAGES.index("lam"):
-            self.side_by_side("lam", (*methods, *REFERENCES))
-        if last >= STAGES.index("probe"):
-            for name, row in self.side_by_side("probe", (*methods, *REFERENCES)).items():
-                print(f"{name:16} probe NMSE {row['probe_nmse']:.2f}, of the noise "
-                      f"{row['probe_nmse_noise']:.2f}")
-        if last >= STAGES.index("policy"):
-            self.side_by_side("policy", (*methods, "oracle"))
-        if last >= STAGES.index("decode"):
-            self.side_by_side("decode", (*methods, "labels-only"))
-        if last >= STAGES.index("evaluate"):
-            for name in (*methods, *CLONES, "expert", "random"):
-                self.evaluate(name)
-        return self.report() if until == "report" else None
+def compute_in_worker(job):
+    """Compute one result of (config, folder, stage, name), which leaves it in the run's cache."""
+    config, folder, stage, name = job
+    getattr(Run(config, folder, torch.device("cpu")), stage)(name)
 
 def compute_missing(stage, wanted):
     """Fill the caches of runs with a stage's results of wanted [(Run, name)], side by side in
     workers: on a CPU, where two threads on two busy cores wait for each other. On a GPU nothing is
     done ahead: each result is computed when it is asked for."""
-    jobs = {run.path(stage, name): (run.config, run.folder, stage, name) for run, name in wanted
-            if not run.path(stage, name).exists()}
+    missing = {run.path(stage, name): (run.config, run.folder, stage, name)
+               for run, name in wanted if not run.path(stage, name).exists()}
     run, _ = wanted[0]
     if run.pool and run.device.type == "cpu":
-        list(run.pool.map(compute_in_worker, jobs.values()))
+        list(map_in(run.pool, compute_in_worker, missing.values()))
 
 SWEEPS = {  # changes of the config, point by point
-    "labels": [dict(labels=n) for n in (50, 200, 800, 3200)],  # and all that there are
+    "labels": [dict(labels=n) for n in (50, 200, 800, 3200)],
     "latent": [dict(latent_dim=n) for n in (4, 16, 32, 64, 128, 256, 512)],
     "correlation": [dict(correlation=r) for r in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)],
     "offset": [dict(offset=k) for k in (1, 2, 3, 5, 10)],
@@ -2068,40 +2004,31 @@ SWEEPS = {  # changes of the config, point by point
 }
 ONE_METHOD = ("weight", "masks")  # sweeps that mean nothing to other methods than masklam
 
+def sweep_points(config, name) -> list[dict]:
+    """The changes of a sweep; of labels those that there are, and all of them."""
+    if name != "labels":
+        return SWEEPS[name]
+    most = demonstrated(config)
+    return [point for point in SWEEPS[name] if point["labels"] < most] + [dict(labels=most)]
+
 def run_sweep(config, name, folder, device, pool):
     """Run the points of a sweep, with what is in the cache; write their numbers and a figure."""
-    points, stages = SWEEPS[name], ["lam", "probe"]
+    runs, rows, stages = [], [], ["lam", "probe"]
     if name == "labels":
-        most = demonstrated(config)
-        points = [p for p in points if p["labels"] < most] + [dict(labels=most)]
-        stages += ["policy", "decode"]
-
-    runs = []
-    for i, changes in enumerate(points):
+        stages += ["policy", "decode", "evaluate"]
+    for i, changes in enumerate(sweep_points(config, name)):
         methods = ("masklam",) if name in ONE_METHOD and i else config.methods
-        run = Run(replace(config, **changes), folder, device, pool)
+        run = Run(replace(config, **changes, methods=methods), folder, device, pool)
         point = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
         _, _, iou = run.masks  # recorded here, or every worker would
-        if name == "masks":
-            point += f" (IoU {iou.get('training', 1.0):.2f})"
-        runs.append((point, run, methods))
+        runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
     for stage in stages:
-        extra = ("labels-only",) if stage == "decode" else ()
-        compute_missing(stage, [(run, n) for _, run, methods in runs for n in (*methods, *extra)])
+        compute_missing(stage, [(run, n) for _, run in runs for n in run.plan()[stage]])
 
-    rows = []
-    for point, run, methods in runs:
-        if name == "labels":
-            expert, chance = (run.evaluate(n)[0].mean() for n in ("expert", "random"))
-            methods = (*methods, "labels-only")
-        for method in methods:
-            if name == "labels":
-                returns, _, error = run.evaluate(method)
-                found = dict(normalized_return=normalized(returns.mean(), chance, expert),
-                             action_nmse=error)
-            else:
-                found = run.probe(method)
-            numbers = {key: float(found[key]) for key in TITLES if key in found}
+    for point, run in runs:
+        for method in (*run.config.methods, *CLONES[1:] * (name == "labels")):
+            found = run.returns(method) if name == "labels" else run.probe(method)
+            numbers = {key: found[key] for key in TITLES if key in found}
             rows.append(dict(point=point, method=method) | numbers)
             print(f"{point:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
     with written_whole(folder / f"sweep-{name}.csv") as temporary:
@@ -2114,102 +2041,63 @@ def run_sweep(config, name, folder, device, pool):
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
-def masks_source(config) -> str:
-    """--masks, or what "auto" stands for on this disk."""
-    if config.masks != "auto":
-        return config.masks
-    found = config.sam_checkpoint or sam_path(config.sam_model).exists()
-    return "sam" if found else "simulator"
-
-def require(ok, name, value, allowed):
-    if not ok:
-        raise UserError(f"{flag(name)} is {value!r}; allowed: {allowed}")
-
-def check_config(config: Config, given=()):
-    """UserError unless all fields are allowed, fit together, and those given by name matter."""
-    for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata
-        for v in value if isinstance(value, tuple) else (value,):
-            low, high, choices = limits["low"], limits["high"], limits["choices"]
-            if choices:
-                require(v in choices, f.name, v, ", ".join(choices))
-            if low is not None:
-                require(low <= v <= high, f.name, v, f"{low} to {high}")
-
-    masks = masks_source(config)
-    useless = dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
-    useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
-    useless |= dict.fromkeys(("correlation", "backgrounds"), config.distractor == "none")
-    useless |= dict(blocks=config.patch > 1, background_weight="masklam" not in config.methods)
-    for name in given:
-        if useless.get(name):
-            raise UserError(f"{flag(name)} has no effect with the other settings; leave it out")
-    once = len(set(config.methods)) == len(config.methods)
-    require(once, "methods", " ".join(config.methods), "each of them once")
-    if not config.demonstration_noise and not config.exploration_noise:
-        raise UserError("--demonstration-noise and --exploration-noise are 0; the probe of the "
-                        "noise needs one of them")
-    check_sizes(config)
-    check_task(config)
-
 def demonstrated(config) -> int:
     """How many transitions the demonstrations have, if none ends early."""
     return (config.episodes + 1) // 2 * (config.steps - 1)
 
-def check_sizes(config):
-    """UserError unless the numbers of a config fit each other."""
-    size, masks = config.frame_size, masks_source(config)
+def check_config(config: Config, given=()):
+    """UserError unless all fields are allowed, fit together, and those given by name matter."""
+    def allow(ok, name, allowed):
+        value = getattr(config, name)
+        value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        require(ok, f"{flag(name)} is {value!r}; allowed: {allowed}")
+
+    for f in fields(config):
+        value, limits = getattr(config, f.name), f.metadata
+        low, high = limits["low"], limits["high"]
+        for v in value if isinstance(value, tuple) else (value,):
+            allow(low is None or low <= v <= high, f.name, f"{low} to {high}")
+
+    size, masks, methods = config.frame_size, config.masks, config.methods
+    useless = dict(blocks=config.patch > 1, background_weight="masklam" not in methods)
+    useless |= dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
+    useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
+    useless |= dict.fromkeys(("correlation", "backgrounds"), config.distractor == "none")
+    for name in given:
+        require(not useless.get(name),
+                f"{flag(name)} has no effect with the other settings; leave it out")
+    require(config.demonstration_noise or config.exploration_noise, "--demonstration-noise and "
+            "--exploration-noise are 0; the probe of the noise needs one of them")
+
+    frames, most = config.episodes * config.steps, demonstrated(config)
     for name, widths in (("idm_widths", config.idm_widths), ("fdm_widths", config.fdm_widths)):
         stride = config.patch * 2 ** (len(widths) - (config.patch > 1))
-        require(size % stride == 0, "frame_size", size,
-                f"multiples of {stride} (--patch, and a halving for each of {flag(name)})")
-
+        allow(size % stride == 0, "frame_size",
+              f"multiples of {stride} (--patch, and a halving for each of {flag(name)})")
     if masks != "simulator":
-        frames = config.episodes * config.steps
-        require(size % 16 == 0, "frame_size", size, f"with --masks {masks}, multiples of 16")
-        require(config.keyframes <= frames, "keyframes", config.keyframes, f"4 to {frames}, all")
-    most = demonstrated(config)
-    require(config.labels <= most, "labels", config.labels,
-            f"10 to {most}, all transitions of demonstrations (half of --episodes, and --steps)")
-
-def check_sweep(config, options, given):
-    """UserError for flags that a sweep cannot heed."""
-    if options.seeds or options.until != "report":
-        raise UserError("--sweep takes one --seed and no --until")
-    for changes in SWEEPS[options.sweep]:
-        both = set(changes) & set(given)
-        if both:
-            raise UserError(f"{flag(min(both))} is what --sweep {options.sweep} changes")
-    if options.sweep in ONE_METHOD and "masklam" not in config.methods:
-        raise UserError(f"--sweep {options.sweep} means nothing without masklam in --methods")
-    if options.sweep == "correlation" and config.distractor == "none":
-        raise UserError("--sweep correlation has no effect with --distractor none")
+        allow(size % 16 == 0, "frame_size", f"with --masks {masks}, multiples of 16")
+        allow(config.keyframes <= frames, "keyframes", f"4 to {frames}, all frames")
+    allow(len(set(methods)) == len(methods), "methods", "each of them once")
+    allow(config.labels <= most, "labels",
+          f"10 to {most}, all transitions of demonstrations (half of --episodes, and --steps)")
 
 def check_task(config):
     """UserError unless the task is an environment whose agent the masks would show, in front of
-    pictures that can be read."""
+    pictures that can be read; its expert and SAM's checkpoint are at hand."""
     try:
         env = Distractors(state_env(config.task), "none", camera=get_task(config.task).camera,
                           size=config.frame_size)
     except (gym.error.Error, ImportError, AttributeError, IndexError) as error:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
                         f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
-    for split in SPLITS:
-        for path in footage(config.backgrounds, split):
-            read_film(path, 8, limit=1)
+    require(config.task in EXPERTS, f"--task {config.task} has no expert: search one with "
+            "--train-expert, and put the entries that it prints into TASKS and EXPERTS")
+    for path in [path for split in SPLITS for path in footage(config.backgrounds, split)]:
+        read_film(path, 8, limit=1)
     _, info = env.reset(seed=0)
     check_masks(degrade(config, info["mask"][None], generator(0, "check")), "a first")
-
-def search_expert(name, seed):
-    """Train a task's expert anew and print its entries for TASKS and EXPERTS."""
-    task, model = get_task(name), state_env(name).model
-    camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
-    if name not in TASKS:
-        print(f"{name} is new: assumed camera {camera}, noise {task.noise}, default search")
-        print(f'    "{name}": {replace(task, camera=camera)},')
-    literal, returns = train_expert(name, **task.search, seed=seed)
-    print(f'    "{name}": "{literal}",')
-    print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
+    if config.masks == "sam":
+        load_sam(config.sam_model, config.sam_checkpoint, "cpu")
 
 def parse(argv):
     """Command line -> (config, all options given). Presets yield to flags given by name."""
@@ -2219,54 +2107,50 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      argument_default=argparse.SUPPRESS)
     parser.error = fail
+    seeds = parser.add_mutually_exclusive_group()
     for f in fields(Config):
+        kind = dict(type=type(f.default))
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
             kind = dict(type=type(f.default[0]), nargs="+")
-        else:
-            kind = dict(type=type(f.default))
-        help_text = f"{f.metadata['help']} (default {f.default})"
-        parser.add_argument(flag(f.name), **kind, help=help_text)
+        group = seeds if f.name == "seed" else parser
+        if f.metadata["choices"]:
+            kind["choices"] = f.metadata["choices"]
+        group.add_argument(flag(f.name), **kind,
+                           help=f"{f.metadata['help']} (default {f.default})")
+    seeds.add_argument("--seeds", type=int, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--preset", choices=PRESETS, default="laptop",
                         help="sizes of everything (default laptop); gpu, paper: not yet run")
-    parser.add_argument("--seeds", type=int, default=None, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--out", default="runs", help="folder for run folders")
-    parser.add_argument("--until", choices=STAGES, default="report", help="the last stage")
-    parser.add_argument("--sweep", choices=SWEEPS, default=None,
-                        help="run the points of SWEEPS with this name: a CSV file and a figure")
     parser.add_argument("--fresh", action="store_true", default=False, help="empty the cache first")
-    parser.add_argument("--train-expert", action="store_true", default=False,
-                        help="search the task's expert and print its literal")
+    goal = parser.add_mutually_exclusive_group()
+    goal.add_argument("--until", choices=STAGES, default="report", help="the last stage")
+    goal.add_argument("--sweep", choices=SWEEPS, default=None,
+                      help="run the points of SWEEPS with this name: a CSV file and a figure")
+    goal.add_argument("--train-expert", action="store_true", default=False,
+                      help="search the task's expert and print its literal")
     options = parser.parse_args(argv)
-    chosen = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()
-              if hasattr(Config, k)}
-    config = Config(**PRESETS[options.preset] | chosen)
-    check_config(config, chosen)
-    if options.seeds is not None:
-        require(1 <= options.seeds <= 1000, "seeds", options.seeds, "1 to 1000")
-        if "seed" in chosen:
-            raise UserError("--seed has no effect with --seeds; leave it out")
-    if options.sweep:
-        check_sweep(config, options, chosen)
-    useless = set(chosen) - {"task", "seed"} | ({"seeds"} if options.seeds else set())
-    if options.train_expert and useless:
-        raise UserError(f"{flag(min(useless))} has no effect with --train-expert; leave it out")
-    if not options.train_expert and config.task not in EXPERTS:
-        raise UserError(f"--task {config.task} has no expert: search one with --train-expert, "
-                        "and put the entries that it prints into TASKS and EXPERTS")
-    return config, options
 
-def resolve_masks(config):
-    """Say where masks come from; -> config with masks "auto" replaced by what it stands for."""
-    path, masks = sam_path(config.sam_model, config.sam_checkpoint), masks_source(config)
-    if masks == "sam":
-        load_sam(config.sam_model, config.sam_checkpoint, "cpu")  # before an hour of other work
-        print(f"masks: sam, from {path}")
-    elif config.masks == "auto":
-        print("masks: the simulator's own; for SAM's: --masks sam, which downloads "
-              f"{path.name}, or --sam-checkpoint FILE")
-    return replace(config, masks=masks)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()
+             if hasattr(Config, k)}
+    config = Config(**PRESETS[options.preset] | given)
+    if config.masks == "auto":
+        found = config.sam_checkpoint or sam_path(config.sam_model).exists()
+        config = replace(config, masks="sam" if found else "simulator")
+    check_config(config, given)
+    seeds = getattr(options, "seeds", 1)
+    require(1 <= seeds <= 1000, f"--seeds is {seeds}; allowed: 1 to 1000")
+    for point in sweep_points(config, options.sweep) if options.sweep else ():
+        both = sorted(set(point) & set(given))
+        require(not both, f"{' '.join(map(flag, both))} is what --sweep {options.sweep} changes")
+        check_config(replace(config, **point), point)
+    if options.train_expert:
+        useless = sorted(set(vars(options)) & {*vars(config), "seeds"} - {"task", "seed"})
+        require(not useless, f"{' '.join(map(flag, useless))} has no effect with --train-expert")
+    else:
+        check_task(config)
+    return config, options
 
 @contextlib.contextmanager
 def own_folder(folder, config, fresh):
@@ -2293,9 +2177,12 @@ def own_folder(folder, config, fresh):
 def run_seeds(config, options, pool):
     """Run one seed, or --seeds of them, and print their tables."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results = []
-    for seed in [config.seed] if options.seeds is None else range(options.seeds):
-        tag = f"{config.task}-{options.preset}-{config.distractor}"
+    results, tag = [], f"{config.task}-{options.preset}-{config.distractor}"
+    sources = dict(simulator="the simulator's own; for SAM's: --masks sam, or its checkpoint",
+                   student="a student of the simulator's own",
+                   sam=f"sam, from {sam_path(config.sam_model, config.sam_checkpoint)}")
+    print("masks:", sources[config.masks])
+    for seed in range(options.seeds) if "seeds" in options else [config.seed]:
         folder = Path(options.out) / f"{tag}-{seed}"
         config = replace(config, seed=seed)
         with own_folder(folder, config, options.fresh):
@@ -2306,8 +2193,8 @@ def run_seeds(config, options, pool):
         if result:
             results.append(result)
             print(table(result))
-            print(f"masks: {config.masks}; files:", *sorted(map(str, folder.glob("*.*"))))
-    if options.seeds and results:
+            print("files:", *sorted(map(str, folder.glob("*.*"))))
+    if len(results) > 1:
         path = Path(options.out) / f"{tag}-summary.json"
         save_json(path, summarize(results))
         print("summary over seeds:", path)
@@ -2320,7 +2207,6 @@ def main(argv=None):
         if options.train_expert:
             search_expert(config.task, config.seed)
         else:
-            config = resolve_masks(config)
             with worker_pool() as pool:
                 run_seeds(config, options, pool)
         sys.stdout.flush()
@@ -2341,7 +2227,6 @@ def main(argv=None):
     print("masklam:", " ".join(message.split()), file=sys.stderr)
     return 2
 
-
 # ==== 16. Appendix: experts =======================================================================
 # How the experts were found, and the experts themselves. Augmented random search (ARS V2-t, arXiv
 # 1803.07055) needs no gradients and ends in one small matrix: a linear policy, which a servo makes
@@ -2353,16 +2238,13 @@ def fold_whitening(weights, mean, std):
 
 def search_pair(job):
     """Episodes of (task, weights, mean, std, size, seed, steps, noise, persistence), both ways
-    along a random direction -> [(return, steps, sum of states, sum of squares), ...]."""
+    along a random direction -> (returns (2,), states (n, S))."""
     task, weights, mean, std, size, seed, steps, noise, persistence = job
     delta = size * generator(seed, "direction").standard_normal(weights.shape)
     noise = generator(seed, "noise").uniform(0, noise)
-    pair = []
-    for sign in (1, -1):
-        expert = fold_whitening(weights + sign * delta, mean, std)
-        states, _, rewards = state_rollout((task, expert, seed, steps, noise, persistence))
-        pair.append((rewards.sum(), len(states), states.sum(0), np.square(states).sum(0)))
-    return pair
+    experts = [fold_whitening(weights + way, mean, std) for way in (delta, -delta)]
+    pair = [state_rollout((task, expert, seed, steps, noise, persistence)) for expert in experts]
+    return [rewards.sum() for _, _, rewards in pair], np.concatenate([s for s, _, _ in pair])
 
 def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, persistence=0.8,
                  budget=2_000_000, horizon=200, seed=0):
@@ -2375,20 +2257,24 @@ def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, p
     noise of scale 0 to `noise`, much the same from one step to the next. Every 480 directions six
     fixed episodes, half of them disturbed, decide whether this is the best policy so far. Stops
     after `budget` steps. Returns the literal for EXPERTS, and its returns on ten unseen seeds."""
-    env = state_env(task)
+    env, rng = state_env(task), generator(seed, "expert")
     A, (S,) = len(env.rest), env.observation_space.shape
     weights, mean, std = np.c_[env.rest, np.zeros((A, S))], np.zeros(S), np.ones(S)
     count, sums, squares = 0, np.zeros(S), np.zeros(S)
-    best, best_return, iteration = None, -np.inf, 0
-    rng = generator(seed, "expert")
+    best, best_return = None, -np.inf
+
+    def returns_of(literal, first, episodes, steps, noise):
+        jobs = [(task, from_literal(literal, A), first + i, steps, noise * (i % 2), persistence)
+                for i in range(episodes)]
+        return [rewards.sum() for _, _, rewards in map_in(pool, state_rollout, jobs)]
 
     with worker_pool() as pool, tqdm(total=budget, desc="expert", unit_scale=True) as bar:
-        while count < budget:
+        for iteration in itertools.count(1):
             seeds = [int(s) for s in rng.integers(2**31, size=directions)]
             jobs = [(task, weights, mean, std, size, s, horizon, noise, persistence)
                     for s in seeds]
-            pairs = list(pool.map(search_pair, jobs, chunksize=3))
-            returns = np.array([[episode[0] for episode in pair] for pair in pairs])
+            returns, states = zip(*map_in(pool, search_pair, jobs))
+            returns, states = np.array(returns), np.concatenate(states)
             chosen = np.argsort(-returns.max(1))[:top]
             move = np.zeros(weights.shape)
             for i in chosen:
@@ -2397,25 +2283,30 @@ def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, p
             decay = 1 - 0.8 * min(1, count / budget)
             weights = weights + decay * step / (top * returns[chosen].std() + 1e-9) * move
 
-            for pair in pairs:
-                for _, n, total, square in pair:
-                    count, sums, squares = count + n, sums + total, squares + square
+            count, sums = count + len(states), sums + states.sum(0)
+            squares = squares + np.square(states).sum(0)
             mean = sums / count
             std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
-            bar.update(count - bar.n)
-            iteration += 1
+            bar.update(len(states))
             if iteration % max(1, 480 // directions) == 0 or count >= budget:
                 literal = to_literal(fold_whitening(weights, mean, std))
-                expert = from_literal(literal, A)
-                jobs = [(task, expert, 10**5 + i, 400, noise * (i % 2), persistence)
-                        for i in range(6)]
-                mean_return = np.mean([r[2].sum() for r in pool.map(state_rollout, jobs)])
+                mean_return = np.mean(returns_of(literal, 10**5, 6, 400, noise))
                 if mean_return > best_return:
                     best, best_return = literal, mean_return
                 bar.set_postfix(best=f"{best_return:.0f}")
-        jobs = [(task, from_literal(best, A), 10**6 + i, 500, 0, 0) for i in range(10)]
-        unseen = [r[2].sum() for r in pool.map(state_rollout, jobs)]
-    return best, unseen
+            if count >= budget:
+                return best, returns_of(best, 10**6, 10, 500, 0)
+
+def search_expert(name, seed):
+    """Train a task's expert anew and print its entries for TASKS and EXPERTS."""
+    task, model = get_task(name), state_env(name).model
+    camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
+    if name not in TASKS:
+        print(f"{name} is new: assumed camera {camera}, noise {task.noise}, default search")
+        print(f'    "{name}": {replace(task, camera=camera)},')
+    literal, returns = train_expert(name, **task.search, seed=seed)
+    print(f'    "{name}": "{literal}",')
+    print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
 
 def to_literal(expert) -> str:
     """A linear policy (A, 1 + S) as text: float16 in base 85."""
