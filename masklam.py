@@ -101,8 +101,8 @@ class Config:
     episodes: int = option("record", 500, "recorded for training", 4, 250_000)
     heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 250_000)
     steps: int = option("record", 100, "per recorded episode", 8, 1000)
-    demonstration_noise: float = option("record", 0.1, "largest in every other episode", 0, 9)
-    exploration_noise: float = option("record", 1.0, "times the task's, in the others", 0, 9)
+    demonstration_noise: float = option("record", 0.1, "at most, in every other episode", 0, 9)
+    exploration_noise: float = option("record", 1.2, "in the others; actions reach 1", 0, 9)
     frame_size: int = option("record", 64, "height and width in pixels", 16, 512)
 
     masks: str = option("mask", "auto", "their source; auto: sam if its checkpoint is on disk",
@@ -814,26 +814,25 @@ class Task:
     camera: tuple[float, float, float] | None = None  # see AgentRenderer
     seconds: float | None = None  # that an action lasts; None: as the environment has it
     reach: float | None = None  # radians, see `servo`; None: the environment's own motors
-    noise: float = 0.4  # scale of exploration, of actions scaled to [-1, 1]
     options: dict = field(default_factory=dict)  # of gym.make
     search: dict = field(default_factory=dict)  # arguments of `train_expert`
     cycle: int = 0  # steps of a gait, for an expert that sees a clock; see `expert_input`
 
 FREE = {"ctrl_cost_weight": 0}  # an angle costs nothing
 TASKS = {
-    "cheetah": Task("HalfCheetah-v5", (2.6, -8, 0), 0.1, 0.8, 1.2,
+    "cheetah": Task("HalfCheetah-v5", (2.6, -8, 0), 0.1, 0.8,
                     search=dict(size=0.03, step=0.02, persistence=0.7, budget=1_500_000)),
-    "hopper": Task("Hopper-v5", (2.4, -8, 0.3), 0.05, 0.6, 0.8,
+    "hopper": Task("Hopper-v5", (2.4, -8, 0.3), 0.05, 0.6,
                    FREE | dict(healthy_angle_range=(-1, 1), healthy_z_range=(0.5, 10)),
                    dict(budget=1_200_000)),
-    "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.05, 0.6, 0.8, FREE, dict(budget=3_000_000)),
-    "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, 0.6, 1.0,
+    "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.05, 0.6, FREE, dict(budget=3_000_000)),
+    "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, 0.6,
                     search=dict(directions=8, top=4, size=0.03, step=0.02, budget=600_000)),
-    "ant": Task("Ant-v5", (3.5, -40, -0.1), 0.1, 0.6, 1.0,
+    "ant": Task("Ant-v5", (3.5, -40, -0.1), 0.1, 0.6,
                 FREE | dict(include_cfrc_ext_in_observation=False),
                 dict(directions=32, top=16, size=0.03, step=0.02, noise=0.2, horizon=100,
                      budget=1_200_000)),
-    "humanoid": Task("Humanoid-v5", (2.8, -8, -0.15), noise=0.1, cycle=60, options=dict.fromkeys(
+    "humanoid": Task("Humanoid-v5", (2.8, -8, -0.15), cycle=60, options=dict.fromkeys(
         [f"include_{name}_in_observation" for name in ("cinert", "cvel", "qfrc_actuator",
                                                        "cfrc_ext")], False)),
 }
@@ -913,13 +912,12 @@ def moving_reward(reward: float, info: dict) -> float:
     """What the environment pays for moving: its reward without the bonus for being alive."""
     return reward - info.get("reward_survive", 0.0)
 
-def state_rollout(job):
-    """One episode of (task, expert or None for random actions, seed, steps, noise, persistence).
+def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, go_on=False):
+    """One episode of an expert, or of random actions (None), until it falls, unless go_on.
 
     The expert's clipped actions are disturbed by Gaussian noise of scale `noise`, correlated from
     step to step by `persistence`. Returns states (n, S), actions (n, A) as executed, scaled to
     [-1, 1], and rewards (n,); states are what the expert sees."""
-    task, expert, seed, steps, noise, persistence = job
     env, rng = state_env(task), generator(seed, "rollout")
     high = env.action_space.high
     state, _ = env.reset(seed=seed)
@@ -938,7 +936,7 @@ def state_rollout(job):
         state, reward, terminated, _, info = env.step(action)
         actions.append(action / high)
         rewards.append(moving_reward(reward, info))
-        if terminated:
+        if terminated and not go_on:
             break
     return np.stack(states), np.stack(actions), np.array(rewards)
 
@@ -1248,22 +1246,26 @@ def episode_seed(config, split, index):
     """Environment seed of an episode; splits never share one, nor do runs with other seeds."""
     return config.seed * 10**6 + SPLITS.index(split) * 250_000 + index
 
-def noise_scale(config, index, seed):
-    """Every other episode is a demonstration, quiet enough to be cloned; the others explore.
+def explores(index: int) -> bool:
+    """Every other episode is a demonstration, quiet enough to be cloned; the others explore, and
+    go on when the body has fallen.
 
     A nearly deterministic expert's action is a function of what was seen, so that a latent that
     knows the pose alone would pass for an action; noise is what only the transition can tell."""
-    if index % 2 == 0:
-        return generator(seed, "scale").uniform(0, config.demonstration_noise)
-    return config.exploration_noise * get_task(config.task).noise
+    return index % 2 == 1
+
+def noise_scale(config, index, seed):
+    """Scale of the noise added to the expert's clipped actions, which reach from -1 to 1."""
+    if explores(index):
+        return config.exploration_noise
+    return generator(seed, "scale").uniform(0, config.demonstration_noise)
 
 @functools.lru_cache(1)
 def tied_background(config):
     """`Backdrop.tie` with twenty episodes of actions as they will be recorded, whatever rho is."""
-    expert, actions = load_expert(config.task), []
-    for i in range(20):
-        noise = noise_scale(config, i, i)
-        actions.append(state_rollout((config.task, expert, i, config.steps, noise, 0))[1])
+    expert = load_expert(config.task)
+    actions = [state_rollout(config.task, expert, i, config.steps, noise_scale(config, i, i),
+                             go_on=explores(i))[1] for i in range(20)]
     kind = Footage if config.backgrounds else Backdrop
     return kind.tie(np.concatenate(actions), config.seed)
 
@@ -1276,10 +1278,8 @@ def make_env(config, split="training"):
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
-def record_episode(job) -> int:
-    """Record episode `index` of (config, folder, index, seed) into its files, named by a split.
-    Returns how many frames it has."""
-    config, folder, index, seed = job
+def record_episode(config, folder, index, seed) -> int:
+    """Record an episode into its place in a folder, named by a split -> how many frames it has."""
     env, video = cached_env(config, folder.name), Video.open(folder, "r+")
     rng = generator(seed, "act")
     expert, high = load_expert(config.task), env.action_space.high
@@ -1295,18 +1295,18 @@ def record_episode(job) -> int:
         video.actions[index, t] = info["action"] / high
         video.rewards[index, t] = moving_reward(reward, info)
         video.distractor[index, t] = info["distractor"]
-        if terminated:
+        if terminated and not explores(index):
             break
-    video.demonstration[index] = index % 2 == 0
+    video.demonstration[index] = not explores(index)
     video.length[index] = t + 1
     return t + 1
 
-def record(config, folder, pmap=map):
+def record(config, folder, pmap=itertools.starmap):
     """Record three videos, going on where an earlier call was stopped; -> frames recorded.
 
     folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
-    heldout whose background no longer follows the action (rho = 0). pmap: `map`, or one that
-    works in parallel. UserError where the disk has no room, or the simulation goes astray."""
+    heldout whose background no longer follows the action (rho = 0). pmap: `starmap`, or one
+    that works in parallel. UserError where the disk has no room, or the simulation goes astray."""
     env = state_env(config.task)
     D = Footage.D if config.backgrounds else Backdrop.D
     sizes = env.action_space.shape[0], env.observation_space.shape[0], D
@@ -1566,7 +1566,7 @@ def evaluate(config, policy: nn.Module, text, student=None, device="cpu"):
 def evaluate_state_policy(config, name):
     """Returns (eval_episodes,) of "expert" or "random", which read states, not pixels."""
     expert = load_expert(config.task) if name == "expert" else None
-    return np.array([state_rollout((config.task, expert, seed, config.eval_steps, 0, 0))[2].sum()
+    return np.array([state_rollout(config.task, expert, seed, config.eval_steps)[2].sum()
                      for seed in evaluation_seeds(config)])
 
 # ==== 14. Report [report] =========================================================================
@@ -1632,7 +1632,7 @@ def plot_bars(ax, rows, key):
     rows = {name: row for name, row in rows.items() if key in row}
     spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
     ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
-           color=[COLORS[name] for name in rows])
+           color=[COLORS.get(name) for name in rows])
     ax.tick_params(axis="x", labelrotation=30, labelsize=8)
     ax.set_title(TITLES[key], fontsize=9)
 
@@ -1672,7 +1672,7 @@ def plot_sweep(rows: list[dict], path, title):
         for method in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == method]
             ax.plot([row["point"] for row in mine], [row[key] for row in mine], "o-",
-                    color=COLORS[method], label=method)
+                    color=COLORS.get(method), label=method)
         ax.set_title(TITLES[key], fontsize=9)
         ax.tick_params(axis="x", labelrotation=45, labelsize=7)
     ax.legend(fontsize=8)
@@ -1760,9 +1760,9 @@ def worker_pool():
         pool.shutdown()
 
 def map_in(pool, function, jobs):
-    """Results in the order of jobs, from a pool's workers. `pool.map` would cancel what is left
-    when it is interrupted, and workers that then end leave a pool that stumbles over that."""
-    for future in [pool.submit(function, job) for job in jobs]:
+    """`starmap` by a pool's workers. The pool's own would cancel what is left when it is
+    interrupted, and workers that then end leave a pool that stumbles over that."""
+    for future in [pool.submit(function, *job) for job in jobs]:
         yield future.result()
 
 class Run:
@@ -1800,7 +1800,7 @@ class Run:
     def videos(self):
         """{"training", "heldout", "decorrelated": Video}; records them where need be."""
         folder = self.path("record", "video").with_suffix("")
-        pmap = functools.partial(map_in, self.pool) if self.pool else map
+        pmap = functools.partial(map_in, self.pool) if self.pool else itertools.starmap
 
         def compute(_):
             return record(self.config, folder, pmap), checksums(folder)
@@ -1977,9 +1977,8 @@ class Run:
             rates[stage] = round(config.batch_size * updates / np.mean(seconds))
         return rates | dict(frames=round(self.frames / self.seconds["record", "video"]))
 
-def compute_in_worker(job):
-    """Compute one result of (config, folder, stage, name), which leaves it in the run's cache."""
-    config, folder, stage, name = job
+def compute_in_worker(config, folder, stage, name):
+    """Compute one result, which leaves it in the run's cache."""
     getattr(Run(config, folder, torch.device("cpu")), stage)(name)
 
 def compute_missing(stage, wanted):
@@ -2236,14 +2235,12 @@ def fold_whitening(weights, mean, std):
     scaled = weights[:, 1:] / std
     return np.c_[weights[:, 0] - scaled @ mean, scaled]
 
-def search_pair(job):
-    """Episodes of (task, weights, mean, std, size, seed, steps, noise, persistence), both ways
-    along a random direction -> (returns (2,), states (n, S))."""
-    task, weights, mean, std, size, seed, steps, noise, persistence = job
+def search_pair(task, weights, mean, std, size, seed, steps, noise, persistence):
+    """Two episodes, both ways along a random direction -> returns (2,), their states (n, S)."""
     delta = size * generator(seed, "direction").standard_normal(weights.shape)
     noise = generator(seed, "noise").uniform(0, noise)
     experts = [fold_whitening(weights + way, mean, std) for way in (delta, -delta)]
-    pair = [state_rollout((task, expert, seed, steps, noise, persistence)) for expert in experts]
+    pair = [state_rollout(task, expert, seed, steps, noise, persistence) for expert in experts]
     return [rewards.sum() for _, _, rewards in pair], np.concatenate([s for s, _, _ in pair])
 
 def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, persistence=0.8,
@@ -2302,7 +2299,7 @@ def search_expert(name, seed):
     task, model = get_task(name), state_env(name).model
     camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
     if name not in TASKS:
-        print(f"{name} is new: assumed camera {camera}, noise {task.noise}, default search")
+        print(f"{name} is new: assumed camera {camera}, default search")
         print(f'    "{name}": {replace(task, camera=camera)},')
     literal, returns = train_expert(name, **task.search, seed=seed)
     print(f'    "{name}": "{literal}",')
