@@ -390,10 +390,9 @@ def patch_encoder(channels, widths):
         layers += [nn.ReLU(), conv(inputs, outputs, stride=2)]
     return nn.Sequential(*layers, nn.ReLU())
 
-def map_side(config, widths):
-    """Height and width of an encoder's last map."""
-    halvings = len(widths) if config.patch == 1 else len(widths) - 1
-    return config.frame_size // (config.patch * 2**halvings)
+def stride(config, widths):
+    """How many pixels high and wide is what a place of an encoder's last map stands for."""
+    return config.patch * 2 ** (len(widths) - (config.patch > 1))
 
 class FrameEncoder(nn.Module):
     """(B, frames, H, W, C) u8 -> (B, outputs): the IDM (6 -> Z), the policy (3 -> Z or A)."""
@@ -406,7 +405,7 @@ class FrameEncoder(nn.Module):
             self.encoder = impala_encoder(channels, widths, config.blocks)
         else:
             self.encoder = patch_encoder(channels, widths)
-        inputs = widths[-1] * map_side(config, widths)**2
+        inputs = widths[-1] * (config.frame_size // stride(config, widths)) ** 2
         hidden = config.hidden
         self.head = mlp(inputs, outputs, hidden) if hidden else nn.Linear(inputs, outputs)
 
@@ -419,7 +418,7 @@ class ImpalaFDM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, side = config.fdm_widths[-1], map_side(config, config.fdm_widths)
+        width, side = config.fdm_widths[-1], config.frame_size // stride(config, config.fdm_widths)
         self.shape = (width, side, side)
         channels = (3 + config.mask_input) * 3
         self.encoder = impala_encoder(channels, config.fdm_widths, config.blocks)
@@ -468,7 +467,7 @@ class PatchFDM(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.patch, side = config.patch, map_side(config, config.fdm_widths)
+        self.patch, side = config.patch, config.frame_size // stride(config, config.fdm_widths)
         inputs = (3 + config.mask_input) * 3 * self.patch**2
         self.unet = UNet(inputs, 3 * self.patch**2, config.fdm_widths, 1, config.latent_dim, side)
 
@@ -1632,7 +1631,7 @@ def plot_bars(ax, rows, key):
     rows = {name: row for name, row in rows.items() if key in row}
     spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
     ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
-           color=[COLORS.get(name) for name in rows])
+           color=[COLORS.get(name, "black") for name in rows])
     ax.tick_params(axis="x", labelrotation=30, labelsize=8)
     ax.set_title(TITLES[key], fontsize=9)
 
@@ -1672,7 +1671,7 @@ def plot_sweep(rows: list[dict], path, title):
         for method in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == method]
             ax.plot([row["point"] for row in mine], [row[key] for row in mine], "o-",
-                    color=COLORS.get(method), label=method)
+                    color=COLORS.get(method, "black"), label=method)
         ax.set_title(TITLES[key], fontsize=9)
         ax.tick_params(axis="x", labelrotation=45, labelsize=7)
     ax.legend(fontsize=8)
@@ -2070,9 +2069,9 @@ def check_config(config: Config, given=()):
 
     frames, most = config.episodes * config.steps, demonstrated(config)
     for name, widths in (("idm_widths", config.idm_widths), ("fdm_widths", config.fdm_widths)):
-        stride = config.patch * 2 ** (len(widths) - (config.patch > 1))
-        allow(size % stride == 0, "frame_size",
-              f"multiples of {stride} (--patch, and a halving for each of {flag(name)})")
+        step = stride(config, widths)
+        allow(size % step == 0, "frame_size",
+              f"multiples of {step} (--patch, and a halving for each of {flag(name)})")
     if masks != "simulator":
         allow(size % 16 == 0, "frame_size", f"with --masks {masks}, multiples of 16")
         allow(config.keyframes <= frames, "keyframes", f"4 to {frames}, all frames")
