@@ -281,9 +281,13 @@ class Windows:
     def __init__(self, video: Video, device="cpu", mask_input=False):
         self.video, self.device, self.mask_input = video, device, mask_input
         self.T = video.frames.shape[1]
-        self.frames = torch.from_numpy(video.frames).flatten(0, 1).to(device)  # (E T, H, W, 3) u8
-        self.masks = torch.from_numpy(video.masks).flatten(0, 1).to(device)  # (E T, H, W) u8
         self.e, self.t = np.nonzero(video.valid[:, 1:])
+        on_gpu = torch.device(device).type == "cuda"
+        room = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
+        fits = 2 * (video.frames.nbytes + video.masks.nbytes) < room  # or batches travel
+        home = device if fits else "cpu"
+        self.frames = torch.from_numpy(video.frames).flatten(0, 1).to(home)  # (E T, H, W, 3) u8
+        self.masks = torch.from_numpy(video.masks).flatten(0, 1).to(home)  # (E T, H, W) u8
 
     def __len__(self):
         return len(self.e)
@@ -297,9 +301,11 @@ class Windows:
 
     def gather(self, index):
         """(B, n) flat frame indices -> (B, n, H, W, C) u8, C = 3 or, with mask_input, 4."""
-        index = torch.from_numpy(index).to(self.device)
+        index = torch.from_numpy(index).to(self.frames.device)
         frames = self.frames[index]
-        return torch.cat([frames, self.masks[index][..., None]], -1) if self.mask_input else frames
+        if self.mask_input:
+            frames = torch.cat([frames, self.masks[index][..., None]], -1)
+        return frames.to(self.device)
 
     def seen(self, chosen, frames=3, k=1):
         """-> (B, frames, H, W, C) u8: the stack obs, all that a policy sees, or with 6 frames also
@@ -311,7 +317,8 @@ class Windows:
         its mask (B, 1, H, W) f32 in [0, 1]."""
         index = self.index(chosen, k)
         frames = self.gather(index)
-        mask = self.masks[torch.from_numpy(index[:, 6:]).to(self.device)] / 255
+        target = torch.from_numpy(index[:, 6:]).to(self.masks.device)
+        mask = self.masks[target].to(self.device) / 255
         return frames[:, :6], to_float(frames[:, 6:, ..., :3]), mask
 
     def actions(self, chosen=slice(None)):
@@ -344,8 +351,11 @@ def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
 def autocast(device):
     """bfloat16 where the device multiplies it natively; float32 elsewhere."""
     kind = torch.device(device).type
-    cpu = torch.cpu.get_capabilities() if kind == "cpu" else {}
-    native = kind != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if kind == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        native = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     return torch.autocast(kind, torch.bfloat16, enabled=bool(native))
 
 def conv(inputs, outputs, kernel=3, stride=1):
@@ -1747,11 +1757,12 @@ def start_worker():
 def worker_pool():
     """One single-thread process a core; none outlives the block."""
     context = multiprocessing.get_context("spawn")  # fork does not mix with threads
+    others = multiprocessing.active_children()
     pool = futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker)
     try:
         yield pool
     except BaseException:
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()).difference(others):
             process.terminate()
             process.join()
         raise
