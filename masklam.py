@@ -2032,12 +2032,13 @@ def run_sweep(config, name, folder, device, pool):
         _, _, iou = run.masks  # recorded here, or every worker would
         runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
     for stage in stages:
-        compute_missing(stage, [(run, n) for _, run in runs for n in run.plan()[stage]])
+        wanted = [(run, n) for _, run in runs for n in run.plan()[stage]]
+        compute_missing(stage, [(run, n) for run, n in wanted if n not in (*REFERENCES, "oracle")])
 
     for point, run in runs:
         for method in (*run.config.methods, *CLONES[1:] * (name == "labels")):
             found = run.returns(method) if name == "labels" else run.probe(method)
-            numbers = {key: found[key] for key in TITLES if key in found}
+            numbers = {key: found[key] for key in TITLES if key in found and key != "return_mean"}
             rows.append(dict(point=point, method=method) | numbers)
             print(f"{point:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
     with written_whole(folder / f"sweep-{name}.csv") as temporary:
