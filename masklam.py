@@ -133,7 +133,7 @@ class Config:
 
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("decode", 50, "labelled transitions: half an episode", 10, 10**8)
+    labels: int = option("decode", 200, "labelled transitions: two episodes", 10, 10**8)
     decoder_updates: int = option("decode", 1000, "at most, on the labels", 1, 10**8)
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
