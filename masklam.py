@@ -1152,18 +1152,19 @@ PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".mp4")
 def read_film(path, side, limit=100):
     """The first frames of a video, a picture or a folder of pictures (a video, as in DAVIS), cut to
     squares: (n, side, side, 3) u8, n <= limit."""
-    film = []
-    try:
+    def frames():
         for file in sorted(path.glob("*")) if path.is_dir() else [path]:
             if file.suffix.lower() in PICTURES:
                 plugin = "pyav" if file.suffix.lower() == ".mp4" else "pillow"
-                for frame in itertools.islice(imageio.imiter(file, plugin=plugin), limit):
-                    image = Image.fromarray(frame).convert("RGB")
-                    film.append(ImageOps.fit(image, (side, side)))
+                yield from imageio.imiter(file, plugin=plugin)
+
+    try:
+        film = [ImageOps.fit(Image.fromarray(frame).convert("RGB"), (side, side))
+                for frame in itertools.islice(frames(), limit)]
     except (OSError, ImportError, ValueError, TypeError) as error:
         raise UserError(f"--backgrounds: {path} cannot be read ({error})") from error
     require(film, f"--backgrounds: {path} has no picture")
-    return np.stack(film[:limit])
+    return np.stack(film)
 
 def footage(folder: str, split: str) -> tuple:
     """What a split shows of a folder: half of its videos, pictures and folders are for training, a
@@ -1762,9 +1763,12 @@ def worker_pool():
     try:
         yield pool
     except BaseException:
-        for process in set(multiprocessing.active_children()).difference(others):
+        workers = set(multiprocessing.active_children()).difference(others)
+        for process in workers:
             process.terminate()
             process.join()
+        if workers:  # what is said next must not stand behind a progress bar of theirs
+            print(file=sys.stderr)
         raise
     finally:
         pool.shutdown()
@@ -1831,11 +1835,11 @@ class Run:
                 plot_masks(*keyframes, self.folder / "masks.png")
             folder.mkdir(exist_ok=True)
             for name, video in videos.items():
-                worse = [degrade(config, episode, generator(config.seed, name, i))
-                         for i, episode in enumerate(masks[name])]
-                check_masks(np.stack(worse), name)
-                iou[name] = mask_iou(np.stack(worse), video.masks, video.valid)
-                np.save(folder / f"{name}.npy", np.stack(worse))
+                worse = np.stack([degrade(config, episode, generator(config.seed, name, i))
+                                  for i, episode in enumerate(masks[name])])
+                check_masks(worse, name)
+                iou[name] = mask_iou(worse, video.masks, video.valid)
+                np.save(folder / f"{name}.npy", worse)
             return student and student.state_dict(), iou, checksums(folder)
 
         state, iou, known = self.cached("mask", "masks", compute)
@@ -2204,7 +2208,7 @@ def run_seeds(config, options, pool):
             results.append(result)
             print(table(result))
             print("files:", *sorted(map(str, folder.glob("*.*"))))
-    if len(results) > 1:
+    if "seeds" in options and results:
         path = Path(options.out) / f"{tag}-summary.json"
         save_json(path, summarize(results))
         print("summary over seeds:", path)
