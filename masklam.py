@@ -97,6 +97,7 @@ class Config:
     seed: int = option("record", 0, "of everything random in the run", 0, 10**6)
     distractor: str = option("record", "low", "what else moves", choices=DISTRACTORS)
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
+    speed: float = option("record", 5.0, "of the background, pixels a step", 0, 100)
     backgrounds: str = option("record", "", "folder of pictures and videos to show")
     episodes: int = option("record", 500, "recorded for training", 4, 250_000)
     heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 250_000)
@@ -1042,19 +1043,20 @@ class AgentRenderer:
 class Backdrop:
     """What moves behind the agent: two scrolling textures and 12 two-coloured sprites.
 
-    In pixels a step, v = SPEED * (rho * P (a - mean) + sqrt(1 - rho^2) * u), with a the executed
+    In pixels a step, v = speed * (rho * P (a - mean) + sqrt(1 - rho^2) * u), with a the executed
     action scaled to [-1, 1], P (D, A) and mean (A,) from `tie`, so that P (a - mean) has unit
     variance, and u unit-variance Ornstein-Uhlenbeck noise. rho changes how much the background
     follows the action, never how fast it moves. Every layer has a velocity of its own; colours,
     shapes, places and u change with `rng`."""
 
-    TEXTURES, SPRITES, SPEED, PERSISTENCE = 2, 12, 3.5, 0.5
+    TEXTURES, SPRITES, PERSISTENCE = 2, 12, 0.5
     D = 2 * (TEXTURES + SPRITES)  # velocities: down and right of each
     COLORS = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
 
-    def __init__(self, rng, tied, correlation=0.5, size=64, files=()):
-        self.rng, self.correlation, self.size, self.files = rng, correlation, size, files
+    def __init__(self, rng, tied, correlation=0.5, speed=5.0, size=64, files=()):
+        self.rng, self.correlation, self.speed = rng, correlation, speed
         self.projection, self.mean = tied
+        self.size, self.files = size, files
         self.margin = size // 2  # sprites wrap around out of sight
         self.period = size + 2 * self.margin
         self.noise = rng.standard_normal(self.D)
@@ -1105,7 +1107,7 @@ class Backdrop:
         self.noise = keep * self.noise + math.sqrt(1 - keep**2) * fresh
         follow = self.projection @ (action - self.mean)
         drive = rho * follow + math.sqrt(1 - rho**2) * self.noise
-        self.velocity = (self.SPEED * drive).astype(np.float32)
+        self.velocity = (self.speed * drive).astype(np.float32)
         self.position = (self.position + self.velocity.reshape(-1, 2)) % self.period
 
     def draw(self) -> np.ndarray:
@@ -1146,6 +1148,10 @@ class Footage(Backdrop):
         corner = -self.position[0].astype(int)
         return np.roll(mirrored, corner, (0, 1))[:self.size, :self.size]
 
+def backdrop(files):
+    """The class of what moves behind the agent: Footage if there are files to show."""
+    return Footage if files else Backdrop
+
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".mp4")
 
 @functools.cache
@@ -1183,7 +1189,8 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     level: "none" (a plain background), "low" (a Backdrop behind the agent, camera fixed) or "hard"
         (also camera and agent colours on the random walks of the Distracting Control Suite,
-        arXiv 2101.02722, at `SCALE`). correlation: its rho. camera, size: see AgentRenderer.
+        arXiv 2101.02722, at `SCALE`). correlation, speed: its rho, and pixels a step. camera,
+        size: see AgentRenderer.
     tied: from `Backdrop.tie`, with actions of the policy at work; None: with uniform actions.
     files: paths of videos and pictures to show instead, see `Footage`, with its own `tie`.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
@@ -1192,18 +1199,19 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
 
-    def __init__(self, env, level="low", correlation=0.5, camera=None, size=64, tied=None,
-                 files=()):
-        gym.utils.RecordConstructorArgs.__init__(self, level=level, correlation=correlation,
-                                                 camera=camera, size=size, tied=tied, files=files)
+    def __init__(self, env, level="low", correlation=0.5, speed=5.0, camera=None, size=64,
+                 tied=None, files=()):
+        gym.utils.RecordConstructorArgs.__init__(
+            self, level=level, correlation=correlation, speed=speed, camera=camera, size=size,
+            tied=tied, files=files)
         super().__init__(env)
         if level not in DISTRACTORS:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(DISTRACTORS)}")
-        self.level, self.correlation, self.size, self.files = level, correlation, size, files
+        self.level, self.correlation, self.speed = level, correlation, speed
+        self.size, self.files = size, files
         self.action_dim = self.action_space.shape[0]
-        self.kind = Footage if files else Backdrop
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, self.action_dim))
-        self.tied = tied or self.kind.tie(uniform, 0)
+        self.tied = tied or backdrop(files).tie(uniform, 0)
         self.renderer = AgentRenderer(env.unwrapped.model, camera, size)
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.rng, self.frame = np.random.default_rng(), None
@@ -1213,7 +1221,8 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         state, info = self.env.reset(seed=seed, options=options)
         if seed is not None:
             self.rng = np.random.default_rng([seed, 1])
-        self.backdrop = self.kind(self.rng, self.tied, self.correlation, self.size, self.files)
+        self.backdrop = backdrop(self.files)(self.rng, self.tied, self.correlation, self.speed,
+                                             self.size, self.files)
         geoms = self.unwrapped.model.ngeom
         self.limit = self.SCALE * np.array([90, 90, 90, 0.5] + [1] * 3 * geoms)
         self.pose = self.rng.uniform(-self.limit, self.limit)  # view, then a tint of every geom
@@ -1276,12 +1285,11 @@ def tied_background(config):
     expert = load_expert(config.task)
     actions = [state_rollout(config.task, expert, i, config.steps, noise_scale(config, i, i),
                              go_on=explores(i))[1] for i in range(20)]
-    kind = Footage if config.backgrounds else Backdrop
-    return kind.tie(np.concatenate(actions), config.seed)
+    return backdrop(config.backgrounds).tie(np.concatenate(actions), config.seed)
 
 def make_env(config, split="training"):
     """The task's environment with the config's distractors, of those that a split may show."""
-    return Distractors(bare_env(config.task), config.distractor, config.correlation,
+    return Distractors(bare_env(config.task), config.distractor, config.correlation, config.speed,
                        get_task(config.task).camera, config.frame_size,
                        tied_background(replace(config, correlation=0)),
                        footage(config.backgrounds, split))
@@ -1318,8 +1326,8 @@ def record(config, folder, pmap=itertools.starmap):
     heldout whose background no longer follows the action (rho = 0). pmap: `starmap`, or one
     that works in parallel. UserError where the disk has no room, or the simulation goes astray."""
     env = state_env(config.task)
-    D = Footage.D if config.backgrounds else Backdrop.D
-    sizes = env.action_space.shape[0], env.observation_space.shape[0], D
+    sizes = (env.action_space.shape[0], env.observation_space.shape[0],
+             backdrop(config.backgrounds).D)
     episodes = dict(training=config.episodes, heldout=config.heldout_episodes,
                     decorrelated=config.heldout_episodes)
     frame_bytes = 4 * config.frame_size**2 + 4 * (sizes[0] + 1 + sum(sizes))
@@ -1747,9 +1755,8 @@ def cache_key(config, stage, name) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def start_worker():
-    """Prepare a worker process: one thread, deaf to Ctrl-C, and no life without its parent."""
+    """Prepare a worker process: one thread, and no life without its parent."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed worker would leave
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -1774,9 +1781,16 @@ def worker_pool():
         pool.shutdown()
 
 def map_in(pool, function, jobs):
-    """`starmap` by a pool's workers. The pool's own would cancel what is left when it is
-    interrupted, and workers that then end leave a pool that stumbles over that."""
-    for future in [pool.submit(function, *job) for job in jobs]:
+    """`starmap` by a pool's workers. A thread hands over the jobs, for only the main thread is
+    interrupted, and no worker is left half started. It is deaf to Ctrl-C, which workers inherit.
+    `pool.map` would cancel what is left when interrupted, and then stumble over that."""
+    def hand_over():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        return [pool.submit(function, *job) for job in jobs]
+
+    with futures.ThreadPoolExecutor(1) as thread:
+        handed_over = thread.submit(hand_over).result()
+    for future in handed_over:
         yield future.result()
 
 class Run:
@@ -2009,6 +2023,7 @@ SWEEPS = {  # changes of the config, point by point
     "labels": [dict(labels=n) for n in (50, 200, 800, 3200)],
     "latent": [dict(latent_dim=n) for n in (4, 16, 32, 64, 128, 256, 512)],
     "correlation": [dict(correlation=r) for r in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)],
+    "speed": [dict(speed=v) for v in (0.0, 1.0, 2.0, 3.5, 5.0, 7.0)],
     "offset": [dict(offset=k) for k in (1, 2, 3, 5, 10)],
     "weight": [dict(background_weight=b) for b in (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)],
     "masks": [{}, *(dict(occlude=f) for f in (0.25, 0.5, 0.75)), dict(erode=1),
@@ -2076,7 +2091,7 @@ def check_config(config: Config, given=()):
     useless = dict(blocks=config.patch > 1, background_weight="masklam" not in methods)
     useless |= dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
     useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
-    useless |= dict.fromkeys(("correlation", "backgrounds"), config.distractor == "none")
+    useless |= dict.fromkeys(("correlation", "speed", "backgrounds"), config.distractor == "none")
     for name in given:
         require(not useless.get(name),
                 f"{flag(name)} has no effect with the other settings; leave it out")
