@@ -494,12 +494,13 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
     stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
     times (step, mean loss since the last, report); UserError where losses are not finite."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
-    start, history, losses = 0, [], []
+    start, history = 0, []
+    total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
     if checkpoint and checkpoint.exists():
         saved = load_torch(checkpoint)
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
-        start, history, losses = saved["step"], saved["history"], saved["losses"]
+        start, history, total = saved["step"], saved["history"], saved["total"].to(total.device)
     every, saved_at = max(1, updates // 10), time.monotonic()
 
     steps = range(start, stop or updates)
@@ -512,17 +513,17 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
-        losses.append(loss.detach())
+        total += loss.detach()
         if (step + 1) % every == 0:
-            mean = sum(float(x) for x in losses) / len(losses)
+            mean = float(total) / every
             require(math.isfinite(mean), f"the loss of {text} is {mean} by update {step + 1}: "
                     "lower its learning rate")
             history.append((step + 1, mean, report(step + 1) if report else None))
-            losses = []
+            total.zero_()
         if checkpoint and time.monotonic() - saved_at > 30:
             save_torch(checkpoint, dict(
                 network=network.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
-                losses=[float(x) for x in losses], history=history))
+                total=total, history=history))
             saved_at = time.monotonic()
     return history
 
@@ -1682,17 +1683,23 @@ def plot_masks(frames, labels, students, truth, path):
         show(row[3], truth[i], "simulator")
     save_figure(figure, path)
 
-def plot_sweep(rows: list[dict], path, title):
-    """A panel for every number in the rows, a line for every method over the points."""
+def plot_sweep(rows: list[dict], path, title, what=""):
+    """A panel for every number in the rows, a line for every method over the points, which are
+    values of `what`; of a method that has one point only, a line across."""
     keys = [key for key in rows[0] if key in TITLES]
     figure = Figure(figsize=(4 * len(keys), 3.5), layout="constrained")
     for ax, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys):
         for method in dict.fromkeys(row["method"] for row in rows):
             mine = [row for row in rows if row["method"] == method]
-            ax.plot([row["point"] for row in mine], [row[key] for row in mine], "o-",
-                    color=COLORS.get(method, "black"), label=method)
+            look = dict(color=COLORS.get(method, "black"), label=method)
+            if len(mine) == 1:
+                ax.axhline(mine[0][key], linestyle="--", **look)
+            else:
+                ax.plot([row["point"] for row in mine], [row[key] for row in mine], "o-", **look)
         ax.set_title(TITLES[key], fontsize=9)
-        ax.tick_params(axis="x", labelrotation=45, labelsize=7)
+        ax.set_xlabel(what)
+        if not what:  # points are words
+            ax.tick_params(axis="x", labelrotation=90, labelsize=8)
     ax.legend(fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
@@ -2044,10 +2051,14 @@ def run_sweep(config, name, folder, device, pool):
     runs, rows, stages = [], [], ["lam", "probe"]
     if name == "labels":
         stages += ["policy", "decode", "evaluate"]
-    for i, changes in enumerate(sweep_points(config, name)):
+    points = sweep_points(config, name)
+    what = {key for changes in points for key in changes}
+    one = len(what) == 1
+    for i, changes in enumerate(points):
         methods = ("masklam",) if name in ONE_METHOD and i else config.methods
         run = Run(replace(config, **changes, methods=methods), folder, device, pool)
-        point = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
+        words = [str(value) if one else f"{key} {value}" for key, value in changes.items()]
+        point = ", ".join(words) or "as it is"
         _, _, iou = run.masks  # recorded here, or every worker would
         runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
     for stage in stages:
@@ -2065,7 +2076,8 @@ def run_sweep(config, name, folder, device, pool):
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    plot_sweep(rows, folder / f"sweep-{name}.png", f"--task {config.task} --sweep {name}")
+    plot_sweep(rows, folder / f"sweep-{name}.png", f"--task {config.task} --sweep {name}",
+               flag(*what) if one else "")
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")

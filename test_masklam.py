@@ -1564,22 +1564,26 @@ def test_the_mask_figure_shows_the_best_the_median_and_the_worst_label(figures, 
 
 
 def test_a_sweep_has_a_panel_for_every_number_and_a_line_for_every_method(figures, tmp_path):
-    rows = [dict(point=f"offset {k}", method=method, probe_nmse=0.1 * k + i, leakage_r2=0.5 * i)
+    rows = [dict(point=str(k), method=method, probe_nmse=0.1 * k + i, leakage_r2=0.5 * i)
             for k in (1, 2, 5) for i, method in enumerate(("lapo", "masklam"))]
-    rows.append(dict(point="offset 9", method="masklam", probe_nmse=3.0, leakage_r2=0.1))
-    masklam.plot_sweep(rows, tmp_path / "sweep.png", "what was asked")
+    rows.append(dict(point="9", method="masklam", probe_nmse=3.0, leakage_r2=0.1))
+    rows.append(dict(point="5", method="laom", probe_nmse=0.7, leakage_r2=0.2))
+    masklam.plot_sweep(rows, tmp_path / "sweep.png", "what was asked", "--offset")
     assert figures[0].get_suptitle() == "what was asked"
     panels = figures[0].axes
     assert len(panels) == 2
     for panel, key, words in zip(panels, ("probe_nmse", "leakage_r2"), ("NMSE", "background")):
-        assert words in panel.get_title() and len(panel.lines) == 2
+        assert words in panel.get_title() and len(panel.lines) == 3
+        assert panel.get_xlabel() == "--offset"
         for line, method in zip(panel.lines, ("lapo", "masklam")):
             mine = [row for row in rows if row["method"] == method]
             assert line.get_label() == method
             assert list(line.get_xdata(orig=True)) == [row["point"] for row in mine]
             assert list(line.get_ydata()) == [row[key] for row in mine]
+        across = panel.lines[2]
+        assert across.get_label() == "laom" and set(across.get_ydata()) == {rows[-1][key]}
     named = [text.get_text() for text in panels[-1].get_legend().get_texts()]
-    assert named == ["lapo", "masklam"]
+    assert named == ["lapo", "masklam", "laom"]
 
 
 def test_a_figure_is_a_picture_of_what_is_in_it(tmp_path):
@@ -2002,7 +2006,7 @@ def test_a_sweep_reuses_what_is_there_and_writes_a_row_for_every_point_and_metho
     with open(folder / "sweep-correlation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["point"], row["method"]) for row in rows] == [
-        (f"correlation {rho}", method) for rho in (0.5, 0.0) for method in ("lapo", "masklam")]
+        (str(rho), method) for rho in (0.5, 0.0) for method in ("lapo", "masklam")]
     assert (folder / "sweep-correlation.png").stat().st_size > 1000
     for row, other in zip(rows[:2], rows[2:]):
         known = results["methods"][row["method"]]
