@@ -1963,16 +1963,21 @@ class Run:
 
     def execute(self, until="report"):
         """Every stage up to and including `until`; -> results.json's content if that is report."""
-        last = STAGES.index(until)
-        _ = self.videos if last == 0 else self.masks
+        stages = STAGES[:STAGES.index(until) + 1]
+        _ = self.masks if "mask" in stages else self.videos
         for stage, names in self.plan().items():
-            if STAGES.index(stage) <= last:
-                compute_missing(stage, [(self, name) for name in names])
-                for name in names:
-                    found = getattr(self, stage)(name)
-                    if stage == "probe":
-                        print(f"{name:16} probe NMSE {found['probe_nmse']:.2f}, of the noise "
-                              f"{found['probe_nmse_noise']:.2f}")
+            if stage not in stages:
+                break
+            wanted = [(self, stage, name) for name in names]
+            if stage == "lam":  # what needs no latents keeps both cores busy
+                free = ("policy", "oracle"), ("decode", "labels-only")
+                wanted += [(self, *result) for result in free if result[0] in stages]
+            compute_missing(wanted)
+            for name in names:
+                found = getattr(self, stage)(name)
+                if stage == "probe":
+                    print(f"{name:16} probe NMSE {found['probe_nmse']:.2f}, of the noise "
+                          f"{found['probe_nmse_noise']:.2f}")
         return self.report() if until == "report" else None
 
     def report(self) -> dict:
@@ -2016,13 +2021,13 @@ def compute_in_worker(config, folder, stage, name):
     """Compute one result, which leaves it in the run's cache."""
     getattr(Run(config, folder, torch.device("cpu")), stage)(name)
 
-def compute_missing(stage, wanted):
-    """Fill the caches of runs with a stage's results of wanted [(Run, name)], side by side in
-    workers: on a CPU, where two threads on two busy cores wait for each other. On a GPU nothing is
-    done ahead: each result is computed when it is asked for."""
+def compute_missing(wanted):
+    """Fill the caches of runs with wanted results [(Run, stage, name)], side by side in workers: on
+    a CPU, where two threads on two busy cores wait for each other. On a GPU nothing is done ahead:
+    each result is computed when it is asked for."""
     missing = {run.path(stage, name): (run.config, run.folder, stage, name)
-               for run, name in wanted if not run.path(stage, name).exists()}
-    run, _ = wanted[0]
+               for run, stage, name in wanted if not run.path(stage, name).exists()}
+    run, _, _ = wanted[0]
     if run.pool and run.device.type == "cpu":
         list(map_in(run.pool, compute_in_worker, missing.values()))
 
@@ -2062,8 +2067,8 @@ def run_sweep(config, name, folder, device, pool):
         _, _, iou = run.masks  # recorded here, or every worker would
         runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
     for stage in stages:
-        wanted = [(run, n) for _, run in runs for n in run.plan()[stage]]
-        compute_missing(stage, [(run, n) for run, n in wanted if n not in (*REFERENCES, "oracle")])
+        compute_missing([(run, stage, name) for _, run in runs for name in run.plan()[stage]
+                         if name not in (*REFERENCES, "oracle")])
 
     for point, run in runs:
         for method in (*run.config.methods, *CLONES[1:] * (name == "labels")):

@@ -1995,10 +1995,10 @@ def test_a_sweep_reuses_what_is_there_and_writes_a_row_for_every_point_and_metho
     folder, _, results = smoke
     points, compute = [dict(correlation=0.5), dict(correlation=0.0)], masklam.compute_missing
 
-    def compute_missing(stage, wanted):
-        for run, _ in wanted:
+    def compute_missing(wanted):
+        for run, _, _ in wanted:
             assert {"videos", "masks"} <= set(vars(run))  # or every worker would record them
-        return compute(stage, wanted)
+        return compute(wanted)
 
     monkeypatch.setattr(masklam, "compute_missing", compute_missing)
     monkeypatch.setitem(masklam.SWEEPS, "correlation", points)
