@@ -486,14 +486,16 @@ class PatchFDM(nn.Module):
         change = F.pixel_shuffle(self.unet(to_float(obs, self.patch), z), self.patch)
         return to_float(obs[:, -1:, ..., :3]) + change
 
-def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None):
+def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None,
+          weight_decay=0.01):
     """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
 
     compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
     goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
     stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
     times (step, mean loss since the last, report); UserError where losses are not finite."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
+    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99),
+                                  weight_decay=weight_decay)
     start, history = 0, []
     total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
     if checkpoint and checkpoint.exists():
@@ -718,10 +720,10 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, li
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
 # few labels. Both are regressions; so are the references, cloned from actions directly.
-def regress(config, network, inputs, targets, rows, updates, lr, text, checkpoint=None, held=None,
-            stop=None):
+def regress(config, network, inputs, targets, rows, held=None, **how):
     """Fit network(inputs(batch)) to targets[batch] by squared error, batches (B,) drawn from rows.
-    targets (n, D) f32. With rows `held` out, the history of `train` has the error on them."""
+    targets (n, D) f32; how: the other arguments of `train`. With rows `held` out, its history has
+    the error on them."""
     device = next(network.parameters()).device
     targets = torch.from_numpy(targets).to(device)
 
@@ -738,14 +740,14 @@ def regress(config, network, inputs, targets, rows, updates, lr, text, checkpoin
     def report(step):
         return None if held is None else float(error(held))
 
-    return train(network, loss, updates, lr, text, checkpoint, report, stop)
+    return train(network, loss, report=report, **how)
 
-def regress_few(config, network, inputs, targets, rows, lr, text):
+def regress_few(config, network, inputs, targets, rows, **how):
     """`regress` for few labels: the last fifth of the rows says after how many updates the network
     has learnt the most; then it starts again and learns from all rows for as long."""
     fresh = copy.deepcopy(network.state_dict())
-    fit = functools.partial(regress, config, network, inputs, targets, lr=lr, text=text,
-                            updates=config.decoder_updates)
+    fit = functools.partial(regress, config, network, inputs, targets,
+                            updates=config.decoder_updates, **how)
     first, held = np.split(rows, [len(rows) * 4 // 5])
     stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
     network.load_state_dict(fresh)
@@ -774,8 +776,8 @@ class LatentPolicy(nn.Module):
 def clone(config, windows, targets, text, checkpoint=None):
     """Behaviour cloning of targets (len(windows), D), latent or true actions -> policy."""
     policy = make_policy(config, targets.shape[1]).to(windows.device)
-    regress(config, policy, windows.seen, targets, windows.demonstrations(),
-            config.policy_updates, config.policy_lr, text, checkpoint)
+    regress(config, policy, windows.seen, targets, windows.demonstrations(), text=text,
+            updates=config.policy_updates, lr=config.policy_lr, checkpoint=checkpoint)
     return policy.eval()
 
 def latent_targets(idm, windows) -> np.ndarray:
@@ -795,14 +797,14 @@ def decode(config, policy, windows, labelled, text):
     whole = LatentPolicy(config, actions.shape[1]).to(windows.device)
     whole.policy.load_state_dict(policy.state_dict())
     regress_few(config, whole.decoder, lambda batch: cloned[torch.from_numpy(batch)], actions,
-                np.arange(len(labelled)), 1e-3, f"{text} decoder")
+                np.arange(len(labelled)), text=f"{text} decoder", lr=1e-3, weight_decay=1.0)
     return whole.eval()
 
 def clone_labels(config, windows, labelled):
     """Behaviour cloning of the labelled windows (n,) alone, for as long as serves it -> policy."""
     policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
-    regress_few(config, policy, windows.seen, windows.actions(), labelled, config.policy_lr,
-                "labels-only")
+    regress_few(config, policy, windows.seen, windows.actions(), labelled, text="labels-only",
+                lr=config.policy_lr)
     return policy
 
 def action_nmse(policy, windows) -> float:

@@ -1359,7 +1359,7 @@ def test_few_labels_are_learnt_from_no_longer_than_serves_the_unseen():
                                   torch.nn.Linear(256, 2))
     config = replace(TINY, batch_size=64, decoder_updates=1000)
     masklam.regress_few(config, network, lambda b: inputs[torch.from_numpy(b)], targets,
-                        np.arange(100), 1e-3, "few")
+                        np.arange(100), text="few", lr=1e-3)
     with torch.no_grad():
         learnt = masklam.nmse(network(inputs).numpy(), targets).mean()
     assert learnt > 0.3  # a thousand updates would know them by heart
