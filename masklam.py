@@ -486,16 +486,14 @@ class PatchFDM(nn.Module):
         change = F.pixel_shuffle(self.unet(to_float(obs, self.patch), z), self.patch)
         return to_float(obs[:, -1:, ..., :3]) + change
 
-def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None,
-          weight_decay=0.01):
+def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None, stop=None):
     """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
 
     compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
     goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
     stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
     times (step, mean loss since the last, report); UserError where losses are not finite."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99),
-                                  weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
     start, history = 0, []
     total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
     if checkpoint and checkpoint.exists():
@@ -789,15 +787,19 @@ def latent_targets(idm, windows) -> np.ndarray:
     targets[rows] = (z - z.mean(0)) / (z.std(0) + 1e-6)
     return targets
 
-def decode(config, policy, windows, labelled, text):
+def decode(config, policy, windows, targets, labelled, text):
     """Teach a policy that emits latent actions what they do -> one that emits actions.
-    True actions are read of the windows `labelled` (n,) alone."""
-    cloned = torch.from_numpy(latents(policy, windows, labelled)).to(windows.device)
-    actions = windows.actions(labelled)
+
+    True actions are read of the windows `labelled` (n,) alone. The decoder learns each of them
+    twice: from the policy's latent action, which it will be given, and from the one that the policy
+    cloned, `targets` (len(windows), Z), which knows better what was done."""
+    pairs = np.stack([latents(policy, windows, labelled), targets[labelled]], 1)  # (n, 2, Z)
+    z = torch.from_numpy(pairs).flatten(0, 1).to(windows.device)
+    actions = windows.actions(labelled).repeat(2, 0)  # (2 n, A)
     whole = LatentPolicy(config, actions.shape[1]).to(windows.device)
     whole.policy.load_state_dict(policy.state_dict())
-    regress_few(config, whole.decoder, lambda batch: cloned[torch.from_numpy(batch)], actions,
-                np.arange(len(labelled)), text=f"{text} decoder", lr=1e-3, weight_decay=1.0)
+    regress_few(config, whole.decoder, lambda batch: z[torch.from_numpy(batch)], actions,
+                np.arange(len(actions)), text=f"{text} decoder", lr=1e-3)
     return whole.eval()
 
 def clone_labels(config, windows, labelled):
@@ -1926,7 +1928,9 @@ class Run:
         def compute(_):
             if name == "labels-only":
                 return clone_labels(config, training, labelled).state_dict()
-            return decode(config, self.policy(name), training, labelled, name).state_dict()
+            targets = latent_targets(self.lam(name)["idm"], training)
+            policy = decode(config, self.policy(name), training, targets, labelled, name)
+            return policy.state_dict()
 
         if name == "labels-only":
             fresh = make_policy(config, self.actions)

@@ -1265,7 +1265,7 @@ def cloned_and_decoded(config, windows, labelled):
     """The policy of PaintedIDM: latent targets, a clone of them, a decoder of the clone's."""
     targets = masklam.latent_targets(PaintedIDM(), windows)
     policy = masklam.clone(config, windows, targets, "clone")
-    return masklam.decode(config, policy, windows, labelled, "decode")
+    return masklam.decode(config, policy, windows, targets, labelled, "decode")
 
 
 def test_cloning_and_decoding_recover_a_visible_action():
