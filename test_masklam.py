@@ -1779,6 +1779,8 @@ WRONG = {
     "--dilate 3 --occlude 1": "--occlude",
     # flags without effect
     "--distractor none --correlation 0.5": "--correlation has no effect",
+    "--distractor none --speed 4": "--speed has no effect",
+    "--speed 101": "--speed is 101.0; allowed: 0 to 100",
     "--methods lapo --background-weight 0.5": "--background-weight has no effect",
     "--masks simulator --sam-model vit_b": "--sam-model has no effect",
     "--masks student --sam-checkpoint {tmp}/text.pth": "--sam-checkpoint has no effect",
