@@ -45,7 +45,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -54,7 +53,6 @@ import threading
 import time
 import zlib
 from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -94,7 +92,7 @@ class Config:
     """All settings of a run; the defaults suit two CPU cores. See `option` for the columns."""
 
     task: str = option("record", "cheetah", "a body of TASKS, or a Gymnasium environment's id")
-    seed: int = option("record", 0, "of everything random in the run", 0, 10**6)
+    seed: int = option("record", 0, "of bodies, backgrounds, networks and batches", 0, 10**6)
     distractor: str = option("record", "low", "what else moves", choices=DISTRACTORS)
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
     speed: float = option("record", 5.0, "of the background, pixels a step", 0, 100)
@@ -134,7 +132,7 @@ class Config:
 
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("decode", 200, "labelled transitions: two episodes", 10, 10**8)
+    labels: int = option("decode", 200, "labelled transitions, about two episodes", 10, 10**8)
     decoder_updates: int = option("decode", 1000, "at most, on the labels", 1, 10**8)
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
@@ -231,8 +229,8 @@ def generator(*purpose) -> np.random.Generator:
 class Video:
     """Episodes: frames[e, t] is what the agent sees when it chooses actions[e, t].
 
-    Recordings know all of these, all f32 but for the flags; video of one's own has None. Nothing
-    but probe, decoder and references reads actions. `valid` says which frames there are."""
+    Recordings know all of these, all f32 but for the flags; video of one's own has None. Actions
+    are for what learns or measures with labels alone. `valid` says which frames there are."""
 
     frames: np.ndarray  # (E, T, H, W, 3) u8
     masks: np.ndarray  # (E, T, H, W) u8, 255 = agent
@@ -260,12 +258,10 @@ class Video:
         folder.mkdir(parents=True, exist_ok=True)
         for name, shape in shapes.items():
             episode = np.zeros(shape, kinds.get(name, np.float32))
-            descr = np.lib.format.dtype_to_descr(episode.dtype)
-            header = dict(descr=descr, fortran_order=False, shape=(E, *shape))
+            header = np.lib.format.header_data_from_array_1_0(episode) | dict(shape=(E, *shape))
             with open(folder / f"{name}.npy", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
-                for _ in range(E):
-                    file.write(episode.tobytes())
+                file.writelines([episode.tobytes()] * E)
 
     @property
     def valid(self) -> np.ndarray:
@@ -302,7 +298,6 @@ class Windows:
 
     def gather(self, index):
         """(B, n) flat frame indices -> (B, n, H, W, C) u8, C = 3 or, with mask_input, 4."""
-        index = torch.from_numpy(index).to(self.frames.device)
         frames = self.frames[index]
         if self.mask_input:
             frames = torch.cat([frames, self.masks[index][..., None]], -1)
@@ -318,12 +313,11 @@ class Windows:
         its mask (B, 1, H, W) f32 in [0, 1]."""
         index = self.index(chosen, k)
         frames = self.gather(index)
-        target = torch.from_numpy(index[:, 6:]).to(self.masks.device)
-        mask = self.masks[target].to(self.device) / 255
+        mask = self.masks[index[:, 6:]].to(self.device) / 255
         return frames[:, :6], to_float(frames[:, 6:, ..., :3]), mask
 
     def actions(self, chosen=slice(None)):
-        """Executed actions (B, A) f32: for the probe, the decoder and the references only."""
+        """Executed actions (B, A) f32: labels, which lapo, masklam and laom never see."""
         return self.video.actions[self.e[chosen], self.t[chosen]]
 
     def noise(self, chosen=slice(None)):
@@ -335,8 +329,8 @@ class Windows:
         return np.flatnonzero(self.video.demonstration[self.e])
 
 def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
-    """(B, n, H, W, C) u8 -> (B, n patch^2 C, H / patch, W / patch) in [-0.5, 0.5], channels last in
-    memory; bfloat16 under autocast. Bytes are rearranged before they grow to floats."""
+    """(B, n, H, W, C) u8 -> (B, n patch^2 C, H / patch, W / patch) in [-0.5, 0.5], which lie in
+    memory as the frames do; bfloat16 under autocast. Bytes are moved before they grow to floats."""
     B, n, H, W, C = frames.shape
     h, w = H // patch, W // patch
     tiles = frames.reshape(B, n, h, patch, w, patch, C).permute(0, 2, 4, 1, 3, 5, 6)
@@ -364,9 +358,6 @@ def conv(inputs, outputs, kernel=3, stride=1):
 
 def mlp(inputs, outputs, hidden=256):
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-
-def channels_last(module):
-    return module.to(memory_format=torch.channels_last)
 
 class ResidualBlock(nn.Module):
     def __init__(self, width):
@@ -430,7 +421,6 @@ class ImpalaFDM(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, side = config.fdm_widths[-1], config.frame_size // stride(config, config.fdm_widths)
-        self.shape = (width, side, side)
         channels = (3 + config.mask_input) * 3
         self.encoder = impala_encoder(channels, config.fdm_widths, config.blocks)
         self.latent = nn.Linear(config.latent_dim, width * side**2)
@@ -439,7 +429,7 @@ class ImpalaFDM(nn.Module):
 
     def forward(self, obs, z):
         seen = self.encoder(to_float(obs))
-        action = self.latent(z).unflatten(1, self.shape)  # Z -> (width, h, w)
+        action = self.latent(z).unflatten(1, seen.shape[1:])  # Z -> (width, h, w)
         merged = self.merge(torch.cat([seen, action], 1))  # (B, 2 width, h, w) -> (B, width, h, w)
         return torch.tanh(self.decoder(merged)) / 2
 
@@ -455,7 +445,6 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(conv(coarse, 4 * fine, 1) for fine, coarse in levels)
         self.join = nn.ModuleList(conv(2 * fine, fine, kernel) for fine, coarse in levels)
         self.last = conv(widths[0], outputs, 1)
-        self.shape = (widths[-1], side, side)
         if vector:
             self.vector = nn.Linear(vector, widths[-1] * side**2)
             self.merge = conv(2 * widths[-1], widths[-1], 1)
@@ -466,7 +455,7 @@ class UNet(nn.Module):
             maps.append(F.relu(down(maps[-1])))
         x = maps.pop()
         if vector is not None:
-            spread = self.vector(vector).unflatten(1, self.shape)  # a map of its own
+            spread = self.vector(vector).unflatten(1, x.shape[1:])  # a map of its own
             x = F.relu(self.merge(torch.cat([x, spread], 1)))
         for up, join, fine in reversed(list(zip(self.up, self.join, maps))):
             x = F.relu(F.pixel_shuffle(up(x), 2))
@@ -492,7 +481,7 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
     compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
     goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
     stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
-    times (step, mean loss since the last, report); UserError where losses are not finite."""
+    times or more (step, mean loss since the last, report); UserError where a loss is not finite."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
     start, history = 0, []
     total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
@@ -541,7 +530,7 @@ def masked_mse(prediction, target, mask, background_weight=0.0):
         return F.mse_loss(prediction, target)
     weight = mask + background_weight * (1 - mask)
     error = weight * (prediction - target) ** 2  # (B, C, H, W)
-    return error.sum() / (prediction.shape[1] * weight.sum())
+    return error.sum() / (prediction.shape[1] * weight.sum()).clamp(min=1e-6)  # or no agent: 0
 
 class LaomIDM(nn.Module):
     """(B, 6, H, W, C) u8 -> (B, Z): one encoder (3 frames -> 256 numbers) for both stacks."""
@@ -553,13 +542,9 @@ class LaomIDM(nn.Module):
         self.encoder = FrameEncoder(config, 3, 256)
         self.act = mlp(2 * 256, config.latent_dim)
 
-    def encode(self, stacks):
-        """-> the encoder's view of obs (B, 256), and the latent action (B, Z)."""
-        obs, future_obs = self.encoder(stacks[:, :3]), self.encoder(stacks[:, 3:])
-        return obs, self.act(torch.cat([obs, future_obs], 1))
-
     def forward(self, stacks):
-        return self.encode(stacks)[1]
+        obs, future_obs = self.encoder(stacks[:, :3]), self.encoder(stacks[:, 3:])
+        return self.act(torch.cat([obs, future_obs], 1))
 
 def make_networks(config, method, actions=0):
     """Fresh networks of a method, "idm" and what its loss needs beside it.
@@ -580,7 +565,7 @@ def make_networks(config, method, actions=0):
             networks["fdm"] = ImpalaFDM(config) if config.patch == 1 else PatchFDM(config)
     if method in SUPERVISED:
         networks["head"] = nn.Linear(config.latent_dim, actions)
-    return networks
+    return networks.to(memory_format=torch.channels_last)
 
 def augment(stacks, step):
     """Every eighth of the stacks (B, 3, H, W, C) shifted, turned, seen askew or left as it is."""
@@ -600,8 +585,9 @@ def laom_loss(networks, stacks, next_stack, step, decay=0.999):
         for slow, fast in zip(target.parameters(), idm.encoder.parameters()):
             slow.lerp_(fast, 1 - decay)
         wanted = target(augment(next_stack, 3 * step))
-    views = [augment(stacks[:, :3], 3 * step + 1), augment(stacks[:, 3:], 3 * step + 2)]
-    obs, z = idm.encode(torch.cat(views, 1))
+    obs = idm.encoder(augment(stacks[:, :3], 3 * step + 1))
+    future_obs = idm.encoder(augment(stacks[:, 3:], 3 * step + 2))
+    z = idm.act(torch.cat([obs, future_obs], 1))
     prediction = networks["fdm"](torch.cat([obs, z], 1))
     return F.mse_loss(prediction.float(), wanted.float())
 
@@ -617,7 +603,7 @@ def train_lam(config, windows, method, labelled=None, checkpoint=None):
     True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
     device = windows.device
     actions = windows.video.actions.shape[2] if method in SUPERVISED else 0
-    networks = channels_last(make_networks(config, method, actions)).to(device)
+    networks = make_networks(config, method, actions).to(device)
     idm = networks["idm"]
     weight = 1.0 if method == "lapo" else config.background_weight
 
@@ -651,12 +637,10 @@ def train_lam(config, windows, method, labelled=None, checkpoint=None):
 @torch.no_grad()
 def latents(network, windows: Windows, chosen: np.ndarray) -> np.ndarray:
     """Latent actions (n, Z) f32 that an IDM, or a policy, gives the chosen windows, k = 1."""
-    parts = []
-    for part in np.array_split(chosen, math.ceil(len(chosen) / 500)):
-        with autocast(windows.device):
-            z = network(windows.seen(part, network.frames))
-        parts.append(z.float().cpu())
-    return torch.cat(parts).numpy()
+    parts = np.array_split(chosen, math.ceil(len(chosen) / 500))
+    with autocast(windows.device):
+        z = [network(windows.seen(part, network.frames)).float().cpu() for part in parts]
+    return torch.cat(z).numpy()
 
 # ==== 6. Linear probe [probe] =====================================================================
 # In: latent actions and true actions of training and held-out episodes. Out: how much of the action
@@ -683,7 +667,7 @@ def r2(prediction, target) -> float:
     return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
 
 def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """Frame t + 1 with the agent masked out, averaged over 4x4 blocks: (n, 48) f32."""
+    """Frame t + 1 with the agent masked out, averaged in a 4x4 grid: (n, 48) f32."""
     index = torch.from_numpy(windows.index(chosen, 1)[:, 6])
     blocks = []
     for part in index.split(500):
@@ -717,7 +701,7 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, li
 # ==== 7. Latent policy [policy] ===================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
-# few labels. Both are regressions; so are the references, cloned from actions directly.
+# few labels. Both are regressions; so are oracle and labels-only, clones of true actions.
 def regress(config, network, inputs, targets, rows, held=None, **how):
     """Fit network(inputs(batch)) to targets[batch] by squared error, batches (B,) drawn from rows.
     targets (n, D) f32; how: the other arguments of `train`. With rows `held` out, its history has
@@ -727,8 +711,7 @@ def regress(config, network, inputs, targets, rows, held=None, **how):
 
     def error(batch):
         with autocast(device):
-            prediction = network(inputs(batch))
-        return F.mse_loss(prediction.float(), targets[torch.from_numpy(batch)])
+            return F.mse_loss(network(inputs(batch)).float(), targets[batch])
 
     def loss(step):
         rng = generator(config.seed, "regress", step)
@@ -736,7 +719,10 @@ def regress(config, network, inputs, targets, rows, held=None, **how):
 
     @torch.no_grad()
     def report(step):
-        return None if held is None else float(error(held))
+        if held is None:
+            return None
+        parts = np.array_split(held, math.ceil(len(held) / 1000))
+        return sum(float(error(part)) * len(part) for part in parts) / len(held)
 
     return train(network, loss, report=report, **how)
 
@@ -746,7 +732,7 @@ def regress_few(config, network, inputs, targets, rows, **how):
     fresh = copy.deepcopy(network.state_dict())
     fit = functools.partial(regress, config, network, inputs, targets,
                             updates=config.decoder_updates, **how)
-    first, held = np.split(rows, [len(rows) * 4 // 5])
+    first, held = np.split(rows, [len(rows) * 2 // 5 * 2])  # even: the decoder's are pairs
     stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
     network.load_state_dict(fresh)
     fit(rows=rows, stop=stop)
@@ -755,9 +741,9 @@ def regress_few(config, network, inputs, targets, rows, **how):
 def make_policy(config, outputs):
     """A fresh network from the stack obs to `outputs` numbers, actions or latent actions."""
     torch.manual_seed(config.seed + 1)
-    return channels_last(FrameEncoder(config, 3, outputs))
+    return FrameEncoder(config, 3, outputs).to(memory_format=torch.channels_last)
 
-class LatentPolicy(nn.Module):
+class LatentPolicy(nn.Sequential):
     """A policy from pixels to latent actions, and a decoder on to actions (B, A)."""
 
     frames = 3
@@ -767,9 +753,6 @@ class LatentPolicy(nn.Module):
         self.policy = make_policy(config, config.latent_dim)
         torch.manual_seed(config.seed + 2)
         self.decoder = mlp(config.latent_dim, actions)
-
-    def forward(self, obs):
-        return self.decoder(self.policy(obs))
 
 def clone(config, windows, targets, text, checkpoint=None):
     """Behaviour cloning of targets (len(windows), D), latent or true actions -> policy."""
@@ -798,7 +781,7 @@ def decode(config, policy, windows, targets, labelled, text):
     actions = windows.actions(labelled).repeat(2, 0)  # (2 n, A)
     whole = LatentPolicy(config, actions.shape[1]).to(windows.device)
     whole.policy.load_state_dict(policy.state_dict())
-    regress_few(config, whole.decoder, lambda batch: z[torch.from_numpy(batch)], actions,
+    regress_few(config, whole.decoder, lambda batch: z[batch], actions,
                 np.arange(len(actions)), text=f"{text} decoder", lr=1e-3)
     return whole.eval()
 
@@ -819,7 +802,6 @@ def action_nmse(policy, windows) -> float:
 # record. The bodies are driven by position servos, as legged robots are: an action names an angle
 # for every joint and a fast loop inside the simulator holds it. So an action can last long enough
 # to be seen in two frames, and a policy that sees only frames can still balance.
-TIMESTEP = 0.005  # seconds, of the simulator under a servo
 
 @dataclass(frozen=True)
 class Task:
@@ -868,9 +850,8 @@ def servo(model, reach, stiffness=2.0, damping=0.05):
     torque = model.actuator_gear[:, 0] * high
     joints = model.actuator_trnid[:, 0]
     pose = model.qpos0[model.jnt_qposadr[joints]]
-    lowest, highest = model.jnt_range[joints].T
-    free = model.jnt_limited[joints] == 0
-    lowest, highest = np.where(free, -np.inf, lowest), np.where(free, np.inf, highest)
+    limited = model.jnt_limited[joints, None]
+    lowest, highest = np.where(limited, model.jnt_range[joints], (-np.inf, np.inf)).T
     reach = np.minimum(reach, (highest - lowest) / 2)
     middle = np.clip(pose, lowest + reach, highest - reach)
     kp = stiffness * torque
@@ -882,7 +863,7 @@ def servo(model, reach, stiffness=2.0, damping=0.05):
     model.actuator_forcelimited[:] = 1
     model.actuator_forcerange[:] = np.stack([-torque, torque], 1)
     model.opt.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
-    model.opt.timestep = TIMESTEP
+    model.opt.timestep = 0.005  # seconds
     return np.clip((pose - middle) / reach, -1, 1) * high
 
 def bare_env(task: str):
@@ -961,17 +942,6 @@ def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, go_on=F
 # pixel and five at its outline, is fast, needs no OpenGL and looks the same anywhere.
 NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
 
-def agent_geoms(model) -> np.ndarray:
-    """(ngeom,) bool: the geoms of the bodies that motors move, neither ground nor goals."""
-    driven = model.body_rootid[model.jnt_bodyid[model.actuator_trnid[:, 0]]]
-    return np.isin(model.body_rootid[model.geom_bodyid], driven) & (model.geom_bodyid > 0)
-
-def outline(shape: np.ndarray) -> np.ndarray:
-    """(H, W) bool -> the pixels on either side of its border."""
-    near = torch.from_numpy(shape[None].astype(np.float32))
-    most, least = F.max_pool2d(near, 3, 1, 1), -F.max_pool2d(-near, 3, 1, 1)
-    return (most > least)[0].numpy()
-
 class AgentRenderer:
     """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
 
@@ -986,7 +956,8 @@ class AgentRenderer:
         self.model, self.camera, self.size = copy.copy(model), camera, size
         self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
         mujoco.mj_forward(self.model, self.data)
-        self.agent = agent_geoms(model)
+        moved = model.body_rootid[model.jnt_bodyid[model.actuator_trnid[:, 0]]]  # by motors
+        self.agent = np.isin(model.body_rootid[model.geom_bodyid], moved)  # no ground, no goals
         slope = math.tan(math.radians(model.vis.global_.fovy) / 2)
         center = self.data.subtree_com[1]
         if camera is None:
@@ -1021,7 +992,9 @@ class AgentRenderer:
         eye = [*self.data.subtree_com[1, :2], self.height] - self.camera[0] * view[3] * ahead
 
         layers = self._cast(eye, rays[:, 0], colors)  # red, green, blue, alpha, agent
-        pixels = np.flatnonzero(outline(layers[:, 3].reshape(n, n) > 0))
+        alpha = torch.from_numpy(layers[:, 3].reshape(1, n, n))
+        border = F.max_pool2d(alpha, 3, 1, 1) > -F.max_pool2d(-alpha, 3, 1, 1)  # on either side
+        pixels = np.flatnonzero(border.numpy())
         around = self._cast(eye, rays[pixels, 1:].reshape(-1, 3), colors)
         layers[pixels] = (layers[pixels] + around.reshape(-1, 4, 5).sum(1)) / 5
         layers = (layers + 0.5).astype(np.uint8).reshape(n, n, 5)
@@ -1071,8 +1044,7 @@ class Backdrop:
 
     @classmethod
     def tie(cls, actions: np.ndarray, seed: int):
-        """How backgrounds follow actions like these (n, A): -> projection (D, A), mean (A,).
-        Rows are random, scaled so that projection @ (action - mean) has unit variance."""
+        """How backgrounds follow actions like these (n, A): -> projection (D, A), mean (A,)."""
         rows = generator(seed, "projection").standard_normal((cls.D, actions.shape[1]))
         spread = (rows @ (actions - actions.mean(0)).T).std(1, keepdims=True)
         return rows / spread, actions.mean(0)
@@ -1117,12 +1089,10 @@ class Backdrop:
 
     def draw(self) -> np.ndarray:
         """-> (size, size, 3) u8."""
-        canvas = np.empty((self.period, self.period), np.uint32)
         places = self.position.astype(int)
-        bands = (slice(0, self.horizon), slice(self.horizon, self.period))
-        for texture, (y, x), band in zip(self.textures, places, bands):
-            scrolled = texture[y:y + self.period, x:x + self.period]
-            canvas[band] = scrolled[band]
+        above, below = (texture[y:y + self.period, x:x + self.period]
+                        for texture, (y, x) in zip(self.textures, places))
+        canvas = np.concatenate([above[:self.horizon], below[self.horizon:]])
         for (colors, inside), (y, x) in zip(self.sprites, places[self.TEXTURES:]):
             spot = canvas[y:y + len(colors), x:x + len(colors)]  # clipped at the canvas's edge
             h, w = spot.shape
@@ -1172,7 +1142,7 @@ def read_film(path, side, limit=100):
     try:
         film = [ImageOps.fit(Image.fromarray(frame).convert("RGB"), (side, side))
                 for frame in itertools.islice(frames(), limit)]
-    except (OSError, ImportError, ValueError, TypeError) as error:
+    except Exception as error:  # a broken PNG is a SyntaxError
         raise UserError(f"--backgrounds: {path} cannot be read ({error})") from error
     require(film, f"--backgrounds: {path} has no picture")
     return np.stack(film)
@@ -1262,8 +1232,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return self.frame
 
 # ==== 11. Recording [record] ======================================================================
-# In: a body, its expert and its distractors. Out: three videos of episodes, half of them quiet
-# demonstrations of the expert, the other half explorations.
+# In: a body, its expert and its distractors. Out: three videos of episodes, see `explores`.
 SPLITS = ("training", "heldout", "decorrelated", "evaluate")
 
 def episode_seed(config, split, index):
@@ -1320,6 +1289,9 @@ def record_episode(config, folder, index, seed) -> int:
         video.distractor[index, t] = info["distractor"]
         if terminated and not explores(index):
             break
+    for known in (video.actions, video.states, video.rewards):
+        require(np.isfinite(known[index]).all(),
+                f"{config.task}: a recorded state, action or reward is not a number")
     video.demonstration[index] = not explores(index)
     video.length[index] = t + 1
     return t + 1
@@ -1355,17 +1327,8 @@ def record(config, folder, pmap=itertools.starmap):
             seed = episode_seed(config, split, i)
             jobs.append((replace(config, correlation=rho), folder / split, i, seed))
 
-    frames = 0
-    with tqdm(desc="record", unit=" frames", leave=False, total=len(jobs) * config.steps) as bar:
-        for count in pmap(record_episode, jobs):
-            bar.update(count)
-            frames += count
-    for split in episodes:
-        video = Video.open(folder / split)
-        for known in (video.actions, video.states, video.rewards):
-            require(np.isfinite(known).all(),
-                    f"{config.task}: a recorded state, action or reward is not a number")
-    return frames
+    return sum(tqdm(pmap(record_episode, jobs), "record", len(jobs), leave=False, unit=" frames",
+                    unit_scale=config.steps))
 
 # ==== 12. Masks [mask] ============================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
@@ -1388,8 +1351,7 @@ def load_sam(model: str, file: str, device):
                         "pass its file as --sam-checkpoint, or --masks simulator") from error
     try:
         return SamPredictor(sam_model_registry[model](checkpoint=str(path)).to(device))
-    except (OSError, EOFError, RuntimeError, ValueError, AttributeError, TypeError, KeyError,
-            pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises many kinds, IndexError among them
         raise UserError(f"--sam-checkpoint {path} is no checkpoint of {model} "
                         f"({first_line(error)})") from error
 
@@ -1403,18 +1365,17 @@ def segment(predictor, frames: np.ndarray, points=None, labels=(1,), checkpoint=
     size, box = frames.shape[1], None
     if points is None:
         points, box = [[0.5 * size, 0.42 * size]], size * np.array([0.05, 0.1, 0.95, 0.9])
-    masks, scores = load_torch(checkpoint) if checkpoint and checkpoint.exists() else ([], [])
-    left = frames[len(masks):]
-    for frame in tqdm(left, "SAM", len(frames), initial=len(masks), leave=False):
+    found = load_torch(checkpoint) if checkpoint and checkpoint.exists() else []
+    for frame in tqdm(frames[len(found):], "SAM", len(frames), initial=len(found), leave=False):
         with autocast(predictor.device):
             predictor.set_image(frame)
         predictor.features = predictor.features.float()
         mask, score, _ = predictor.predict(np.array(points), np.array(labels), box)
-        masks.append(torch.from_numpy(mask))
-        scores.append(torch.from_numpy(score))
+        found.append((torch.from_numpy(mask), torch.from_numpy(score)))
         if checkpoint:
-            save_torch(checkpoint, (masks, scores))
-    return torch.stack(masks).numpy(), torch.stack(scores).numpy()
+            save_torch(checkpoint, found)
+    masks, scores = map(torch.stack, zip(*found))
+    return masks.numpy(), scores.numpy()
 
 def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Which of SAM's candidates (n, 3, H, W) bool is the agent, for each keyframe -> (n,).
@@ -1432,21 +1393,18 @@ def choose_masks(candidates: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         chosen = (alone + overlap + likeness).argmax(1)
     return chosen
 
-class Student(nn.Module):
+class Student(nn.Sequential):
     """Segments the agent: frames (B, 3, H, W) -> logits (B, 1, H, W), sides multiples of 16."""
 
     def __init__(self):
-        super().__init__()
-        self.unet = UNet(12, 4, (16, 32, 64, 64), kernel=3)
-
-    def forward(self, frames):
-        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(frames, 2)), 2)
+        unet = UNet(12, 4, (16, 32, 64, 64), kernel=3)
+        super().__init__(nn.PixelUnshuffle(2), unet, nn.PixelShuffle(2))
 
 def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
     """Distil keyframes (n, H, W, 3) u8 and their masks (n, H, W) u8 into a small network.
     Mirrored, shifted by up to an eighth and stretched in colour, a few dozen are enough."""
     torch.manual_seed(config.seed + 3)
-    student = channels_last(Student()).to(device)
+    student = Student().to(device, memory_format=torch.channels_last)
     frames = np.concatenate([frames, masks[..., None]], -1)
     inputs = to_float(torch.from_numpy(frames)[:, None]).to(device)  # (n, 4, H, W)
 
@@ -1474,10 +1432,9 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
     """The student's soft masks (n, H, W) u8 of frames (n, H, W, 3) u8."""
     device, masks = next(student.parameters()).device, []
     few = len(frames) < 999 or None  # None: a bar on a terminal only
-    for start in tqdm(range(0, len(frames), 128), "masks", leave=False, disable=few):
-        part = torch.from_numpy(frames[start:start + 128, None].copy())
+    for part in tqdm(torch.from_numpy(frames).split(128), "masks", leave=False, disable=few):
         with autocast(device):
-            logits = student(to_float(part.to(device)))
+            logits = student(to_float(part[:, None].to(device)))
         masks.append((255 * logits.float().sigmoid()).round().byte()[:, 0].cpu().numpy())
     return np.concatenate(masks)
 
@@ -1552,17 +1509,16 @@ def rollout(config, policy, seeds, student=None, device="cpu"):
     envs = [make_env(config, "evaluate") for _ in seeds]
     rng, high = generator(seeds[0], "degrade"), envs[0].action_space.high
 
-    def seen(frames, masks):
-        """What a policy sees of frames (n, H, W, 3) -> (n, H, W, C) u8."""
-        frames = np.stack(frames)
+    def seen():
+        """What a policy sees of the present frames: (n, H, W, C) u8."""
+        rgb = np.stack(frames)
         if not config.mask_input:
-            return frames
-        masks = student_masks(student, frames) if student else np.stack(masks)
-        return np.concatenate([frames, degrade(config, masks, rng)[..., None]], -1)
+            return rgb
+        masks = student_masks(student, rgb) if student else np.stack([i["mask"] for i in infos])
+        return np.concatenate([rgb, degrade(config, masks, rng)[..., None]], -1)
 
-    frames, infos = zip(*(env.reset(seed=seed) for env, seed in zip(envs, seeds)))
-    frames, masks = list(frames), [info["mask"] for info in infos]
-    stack = [seen(frames, masks)] * 3  # the first frame, repeated
+    frames, infos = map(list, zip(*[env.reset(seed=s) for env, s in zip(envs, seeds)]))
+    stack = [seen()] * 3  # the first frame, repeated
     returns, alive, film = np.zeros(len(envs)), np.ones(len(envs), bool), []
     for _ in range(config.eval_steps):
         obs = torch.from_numpy(np.stack(stack, 1)).to(device)
@@ -1570,13 +1526,12 @@ def rollout(config, policy, seeds, student=None, device="cpu"):
         if len(film) < 200 and alive[0]:
             film.append(frames[0])
         for i in np.flatnonzero(alive):
-            frames[i], reward, terminated, _, info = envs[i].step(high * actions[i])
-            masks[i] = info["mask"]
-            returns[i] += moving_reward(reward, info)
+            frames[i], reward, terminated, _, infos[i] = envs[i].step(high * actions[i])
+            returns[i] += moving_reward(reward, infos[i])
             alive[i] = not terminated
         if not alive.any():
             break
-        stack = stack[1:] + [seen(frames, masks)]
+        stack = stack[1:] + [seen()]
     return returns, np.stack(film)
 
 def evaluate(config, policy: nn.Module, text, student=None, device="cpu"):
@@ -1593,7 +1548,7 @@ def evaluate_state_policy(config, name):
                      for seed in evaluation_seeds(config)])
 
 # ==== 14. Report [report] =========================================================================
-# In: the numbers of all stages. Out: a table, two figures and an animation.
+# In: the numbers of all stages. Out: a table, figures and an animation.
 COLUMNS = {"probe_nmse": "NMSE", "probe_nmse_noise": "of noise",
            "probe_nmse_decorrelated": "rho = 0", "leakage_r2": "leakage",
            "return_mean": "return", "return_std": "+-", "normalized_return": "normalised",
@@ -1650,23 +1605,19 @@ def predict_one(windows, networks):
     predicted = networks["fdm"](stacks[:, :3], networks["idm"](stacks))
     return picture(next_obs), picture(predicted), picture(mask - 0.5)[..., 0]
 
-def plot_bars(ax, rows, key):
-    """A bar for every row (a dict) that has this key."""
-    rows = {name: row for name, row in rows.items() if key in row}
-    spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
-    ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
-           color=[COLORS.get(name, "black") for name in rows])
-    ax.tick_params(axis="x", labelrotation=30, labelsize=8)
-    ax.set_title(TITLES[key], fontsize=9)
-
 def plot_summary(results, predictions, path):
     """Bars of NMSEs, leakage and returns, and what each FDM predicted: {method: (true, predicted,
     mask)}, each (H, W, 3) or (H, W) u8."""
     heights = [3] + [2.5] * len(predictions)
     figure = Figure(figsize=(12, sum(heights)), layout="constrained")
-    axes, *grid = figure.subplots(len(heights), 4, height_ratios=heights)
+    axes, *grid = figure.subplots(len(heights), 4, height_ratios=heights, squeeze=False)
     for ax, key in zip(axes, ("probe_nmse", "probe_nmse_noise", "leakage_r2", "return_mean")):
-        plot_bars(ax, results["methods"], key)
+        rows = {name: row for name, row in results["methods"].items() if key in row}
+        spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
+        ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
+               color=[COLORS.get(name, "black") for name in rows])
+        ax.tick_params(axis="x", labelrotation=30, labelsize=8)
+        ax.set_title(TITLES[key], fontsize=9)
     for (name, (true, predicted, mask)), row in zip(predictions.items(), grid):
         error = np.abs(true - predicted.astype(int)).mean(-1)
         show(row[0], true, "next frame")
@@ -1687,7 +1638,7 @@ def plot_masks(frames, labels, students, truth, path):
         show(row[3], truth[i], "simulator")
     save_figure(figure, path)
 
-def plot_sweep(rows: list[dict], path, title, what=""):
+def plot_sweep(rows: list[dict], path, title, what):
     """A panel for every number in the rows, a line for every method over the points, which are
     values of `what`; of a method that has one point only, a line across."""
     keys = [key for key in rows[0] if key in TITLES]
@@ -1709,10 +1660,10 @@ def plot_sweep(rows: list[dict], path, title, what=""):
     save_figure(figure, path)
 
 def save_animation(films, path, seconds, scale=3):
-    """Side-by-side GIF of {title: (t, H, W, 3) u8}, `seconds` a frame."""
-    longest = max(len(film) for film in films.values())
+    """Side-by-side GIF of films (t, H, W, 3) u8, `seconds` a frame."""
+    longest = max(len(film) for film in films)
     columns = []
-    for film in films.values():
+    for film in films:
         lasting = film[np.arange(longest).clip(max=len(film) - 1)]  # what ended stands still
         columns.append(np.pad(lasting, ((0, 0), (0, 0), (0, 2), (0, 0))))
     frames = np.concatenate(columns, 2).repeat(scale, 1).repeat(scale, 2)
@@ -1742,10 +1693,8 @@ def summarize(results: list[dict]) -> dict:
 def source_text(stage: str) -> str:
     """The source of the sections whose banner names this stage or an earlier one."""
     text = Path(__file__).read_text()
-    sections = re.split(r"^# ==== [^\n]*\[(\w+)\] =*$", text, flags=re.MULTILINE)
-    known = STAGES[:STAGES.index(stage) + 1]
-    return "".join(body.split("\n# ====")[0] for name, body in zip(sections[1::2], sections[2::2])
-                   if name in known)
+    sections = re.findall(r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )", text, re.MULTILINE)
+    return "".join(body for name, body in sections if STAGES.index(name) <= STAGES.index(stage))
 
 @functools.cache
 def file_stamps(path: str) -> list:
@@ -1777,30 +1726,25 @@ def worker_pool():
     """One single-thread process a core; none outlives the block."""
     context = multiprocessing.get_context("spawn")  # fork does not mix with threads
     others = multiprocessing.active_children()
-    pool = futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker)
-    try:
-        yield pool
-    except BaseException:
-        workers = set(multiprocessing.active_children()).difference(others)
-        for process in workers:
-            process.terminate()
-            process.join()
-        if workers:  # what is said next must not stand behind a progress bar of theirs
-            print(file=sys.stderr)
-        raise
-    finally:
-        pool.shutdown()
+    with futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker) as pool:
+        try:
+            yield pool
+        except BaseException as error:
+            workers = set(multiprocessing.active_children()).difference(others)
+            for process in workers:
+                process.terminate()
+                process.join()
+            if workers or isinstance(error, futures.BrokenExecutor):  # a dead one may be counted
+                print(file=sys.stderr)  # what is said next must not stand behind a bar of theirs
+            raise
 
 def map_in(pool, function, jobs):
     """`starmap` by a pool's workers. A thread hands over the jobs, for only the main thread is
     interrupted, and no worker is left half started. It is deaf to Ctrl-C, which workers inherit.
     `pool.map` would cancel what is left when interrupted, and then stumble over that."""
-    def hand_over():
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        return [pool.submit(function, *job) for job in jobs]
-
-    with futures.ThreadPoolExecutor(1) as thread:
-        handed_over = thread.submit(hand_over).result()
+    deaf = signal.SIG_BLOCK, [signal.SIGINT]
+    with futures.ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=deaf) as thread:
+        handed_over = list(thread.map(lambda job: pool.submit(function, *job), jobs))
     for future in handed_over:
         yield future.result()
 
@@ -1810,7 +1754,7 @@ class Run:
 
     def __init__(self, config: Config, folder: Path, device, pool=None):
         self.config, self.folder, self.device, self.pool = config, folder, device, pool
-        self.cache, self.seconds = folder / "cache", {}
+        self.cache, self.seconds = folder / "cache", {stage: {} for stage in STAGES[:-1]}
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def path(self, stage, name) -> Path:
@@ -1829,11 +1773,11 @@ class Run:
             seconds = time.monotonic() - start
             save_torch(path, (payload, seconds))
             partial.unlink(missing_ok=True)
-        self.seconds[stage, name] = seconds
+        self.seconds[stage][name] = seconds
         if fresh is None:
             return payload
         fresh.load_state_dict(payload)
-        return channels_last(fresh).to(self.device).eval()
+        return fresh.to(self.device).eval()
 
     @functools.cached_property
     def videos(self):
@@ -1852,12 +1796,16 @@ class Run:
     def masks(self):
         """-> (student or None, {video's name: masks}, {video's name: IoU with the simulator's})."""
         config, videos = self.config, self.videos
+        clean = replace(config, erode=0, dilate=0, shift=0, occlude=0.0, mask_input=False)
         folder = self.path("mask", "masks").with_suffix("")
 
         def compute(partial):
-            student, masks, iou, keyframes = find_masks(config, videos, self.device, partial)
-            if keyframes:
-                plot_masks(*keyframes, self.folder / "masks.png")
+            if config != clean:  # found once, however they are used
+                student, masks, iou = Run(clean, self.folder, self.device, self.pool).masks
+            else:
+                student, masks, iou, keyframes = find_masks(config, videos, self.device, partial)
+                if keyframes:
+                    plot_masks(*keyframes, self.folder / "masks.png")
             folder.mkdir(exist_ok=True)
             for name, video in videos.items():
                 worse = np.stack([degrade(config, episode, generator(config.seed, name, i))
@@ -1995,14 +1943,11 @@ class Run:
 
         training, heldout, _ = self.windows
         share = training.noise().var(0) / training.actions().var(0)
-        spent = dict.fromkeys(STAGES[:-1], 0.0)
-        for (stage, _), seconds in self.seconds.items():
-            spent[stage] += seconds
         results = dict(
             task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
             versions={m.__name__: m.__version__ for m in (torch, mujoco, gym, np)}
             | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.masks[2],
-            seconds={stage: round(seconds, 1) for stage, seconds in spent.items()},
+            seconds={stage: round(sum(spent.values()), 1) for stage, spent in self.seconds.items()},
             rates=self.rates(), noise_share=float(share.mean()), methods=rows)
         for name in ("expert", "random"):
             results[f"{name}_return"] = float(self.evaluate(name)[0].mean())
@@ -2010,7 +1955,7 @@ class Run:
         predictions = {name: predict_one(heldout, self.lam(name)) for name in config.methods
                        if name not in LAOMS}
         plot_summary(results, predictions, self.folder / "summary.png")
-        films = {name: self.evaluate(name)[1] for name in config.methods}
+        films = [self.evaluate(name)[1] for name in config.methods]
         save_animation(films, self.folder / "rollouts.gif", state_env(config.task).dt)
         save_json(self.folder / "results.json", results)
         return results
@@ -2019,9 +1964,9 @@ class Run:
         """Samples a second of the stages that take long, each by itself on its core or device."""
         config, rates = self.config, {}
         for stage, updates in (("lam", config.lam_updates), ("policy", config.policy_updates)):
-            seconds = [self.seconds[stage, name] for name in config.methods]
+            seconds = [self.seconds[stage][name] for name in config.methods]
             rates[stage] = round(config.batch_size * updates / np.mean(seconds))
-        return rates | dict(frames=round(self.frames / self.seconds["record", "video"]))
+        return rates | dict(frames=round(self.frames / self.seconds["record"]["video"]))
 
 def compute_in_worker(config, folder, stage, name):
     """Compute one result, which leaves it in the run's cache."""
@@ -2048,7 +1993,7 @@ SWEEPS = {  # changes of the config, point by point
               *(dict(dilate=r) for r in (1, 2, 3)), *(dict(shift=s) for s in (2, 4, 8)),
               dict(mask_input=True), dict(mask_input=True, background_weight=1.0)],
 }
-ONE_METHOD = ("weight", "masks")  # sweeps that mean nothing to other methods than masklam
+ONE_METHOD = ("weight", "masks")  # sweeps of what only masklam has
 
 def sweep_points(config, name) -> list[dict]:
     """The changes of a sweep; of labels those that there are, and all of them."""
@@ -2059,36 +2004,33 @@ def sweep_points(config, name) -> list[dict]:
 
 def run_sweep(config, name, folder, device, pool):
     """Run the points of a sweep, with what is in the cache; write their numbers and a figure."""
-    runs, rows, stages = [], [], ["lam", "probe"]
-    if name == "labels":
-        stages += ["policy", "decode", "evaluate"]
+    acts, runs, rows = name == "labels", [], []  # the other sweeps end with the probe
+    stages = ("lam", "probe", "policy", "decode", "evaluate") if acts else ("lam", "probe")
     points = sweep_points(config, name)
     what = {key for changes in points for key in changes}
-    one = len(what) == 1
+    label = flag(*what) if len(what) == 1 else ""  # of the axis; of more flags points are words
     for i, changes in enumerate(points):
         methods = ("masklam",) if name in ONE_METHOD and i else config.methods
         run = Run(replace(config, **changes, methods=methods), folder, device, pool)
-        words = [str(value) if one else f"{key} {value}" for key, value in changes.items()]
+        words = [str(value) if label else f"{key} {value}" for key, value in changes.items()]
         point = ", ".join(words) or "as it is"
         _, _, iou = run.masks  # recorded here, or every worker would
         runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
     for stage in stages:
-        compute_missing([(run, stage, name) for _, run in runs for name in run.plan()[stage]
-                         if name not in (*REFERENCES, "oracle")])
+        compute_missing([(run, stage, result) for _, run in runs for result in run.plan()[stage]
+                         if result not in (*REFERENCES, "oracle")])
 
     for point, run in runs:
-        for method in (*run.config.methods, *CLONES[1:] * (name == "labels")):
-            found = run.returns(method) if name == "labels" else run.probe(method)
+        for method in (*run.config.methods, "labels-only") if acts else run.config.methods:
+            found = run.returns(method) if acts else run.probe(method)
             numbers = {key: found[key] for key in TITLES if key in found and key != "return_mean"}
             rows.append(dict(point=point, method=method) | numbers)
             print(f"{point:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
-    with written_whole(folder / f"sweep-{name}.csv") as temporary:
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-    plot_sweep(rows, folder / f"sweep-{name}.png", f"--task {config.task} --sweep {name}",
-               flag(*what) if one else "")
+    with written_whole(folder / f"sweep-{name}.csv") as part, open(part, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    plot_sweep(rows, folder / f"sweep-{name}.png", f"--task {config.task} --sweep {name}", label)
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -2097,7 +2039,7 @@ def demonstrated(config) -> int:
     """How many transitions the demonstrations have, if none ends early."""
     return (config.episodes + 1) // 2 * (config.steps - 1)
 
-def check_config(config: Config, given=()):
+def check_config(config: Config, given):
     """UserError unless all fields are allowed, fit together, and those given by name matter."""
     def allow(ok, name, allowed):
         value = getattr(config, name)
@@ -2133,15 +2075,17 @@ def check_config(config: Config, given=()):
     allow(config.labels <= most, "labels",
           f"10 to {most}, all transitions of demonstrations (half of --episodes, and --steps)")
 
-def check_task(config):
-    """UserError unless the task is an environment whose agent the masks would show, in front of
-    pictures that can be read; its expert and SAM's checkpoint are at hand."""
+def check_task(config, train_expert):
+    """UserError unless the task is an environment and, to be recorded, has an expert, an agent that
+    the masks would show, pictures that can be read behind it, and SAM's checkpoint is at hand."""
     try:
         env = Distractors(state_env(config.task), "none", camera=get_task(config.task).camera,
                           size=config.frame_size)
     except (gym.error.Error, ImportError, AttributeError, IndexError) as error:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
                         f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
+    if train_expert:
+        return
     require(config.task in EXPERTS, f"--task {config.task} has no expert: search one with "
             "--train-expert, and put the entries that it prints into TASKS and EXPERTS")
     for path in [path for split in SPLITS for path in footage(config.backgrounds, split)]:
@@ -2153,22 +2097,17 @@ def check_task(config):
 
 def parse(argv):
     """Command line -> (config, all options given). Presets yield to flags given by name."""
-    def fail(message):
-        raise UserError(message)
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      argument_default=argparse.SUPPRESS)
-    parser.error = fail
+    parser.error = functools.partial(require, False)  # a UserError
     seeds = parser.add_mutually_exclusive_group()
     for f in fields(Config):
-        kind = dict(type=type(f.default))
+        kind = dict(type=type(f.default), choices=f.metadata["choices"])
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
-            kind = dict(type=type(f.default[0]), nargs="+")
+            kind |= dict(type=type(f.default[0]), nargs="+")
         group = seeds if f.name == "seed" else parser
-        if f.metadata["choices"]:
-            kind["choices"] = f.metadata["choices"]
         group.add_argument(flag(f.name), **kind,
                            help=f"{f.metadata['help']} (default {f.default})")
     seeds.add_argument("--seeds", type=int, help="run seeds 0 .. N-1, summarise")
@@ -2190,18 +2129,16 @@ def parse(argv):
     if config.masks == "auto":
         found = config.sam_checkpoint or sam_path(config.sam_model).exists()
         config = replace(config, masks="sam" if found else "simulator")
-    check_config(config, given)
-    seeds = getattr(options, "seeds", 1)
-    require(1 <= seeds <= 1000, f"--seeds is {seeds}; allowed: 1 to 1000")
-    for point in sweep_points(config, options.sweep) if options.sweep else ():
-        both = sorted(set(point) & set(given))
-        require(not both, f"{' '.join(map(flag, both))} is what --sweep {options.sweep} changes")
-        check_config(replace(config, **point), point)
+    for point in sweep_points(config, options.sweep) if options.sweep else [{}]:
+        for name in point:
+            require(name not in given, f"{flag(name)} is what --sweep {options.sweep} changes")
+        check_config(replace(config, **point), given | point)
+    count = getattr(options, "seeds", 1)
+    require(1 <= count <= 1000, f"--seeds is {count}; allowed: 1 to 1000")
     if options.train_expert:
         useless = sorted(set(vars(options)) & {*vars(config), "seeds"} - {"task", "seed"})
         require(not useless, f"{' '.join(map(flag, useless))} has no effect with --train-expert")
-    else:
-        check_task(config)
+    check_task(config, options.train_expert)
     return config, options
 
 @contextlib.contextmanager
@@ -2223,7 +2160,10 @@ def own_folder(folder, config, fresh):
         raise UserError(f"another run is at work in {folder}: wait, or pass --out") from None
     except UserError:
         if made and not any(cache.glob("*-*")):  # nothing was done: leave nothing
-            shutil.rmtree(made[-1])
+            shutil.rmtree(folder)
+            with contextlib.suppress(OSError):  # not empty: another run's
+                for parent in made[1:]:
+                    parent.rmdir()
         raise
 
 def run_seeds(config, options, pool):
@@ -2264,7 +2204,8 @@ def main(argv=None):
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
-        print("\nmasklam: stopped; the same command goes on from here", file=sys.stderr)
+        print("\nmasklam: stopped; a run goes on from here, with the same flags but --fresh",
+              file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2272,7 +2213,7 @@ def main(argv=None):
     except (UserError, OSError) as error:
         message = str(error)
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, BrokenProcessPool))
+        known = isinstance(error, (MemoryError, futures.BrokenExecutor))
         if not known and "alloc" not in str(error):  # as PyTorch says that no memory is left
             raise
         message = f"out of memory ({first_line(error)}): smaller sizes, or fewer --episodes"
@@ -2288,144 +2229,122 @@ def fold_whitening(weights, mean, std):
     scaled = weights[:, 1:] / std
     return np.c_[weights[:, 0] - scaled @ mean, scaled]
 
-def search_pair(task, weights, mean, std, size, seed, steps, noise, persistence):
-    """Two episodes, both ways along a random direction -> returns (2,), their states (n, S)."""
-    delta = size * generator(seed, "direction").standard_normal(weights.shape)
-    noise = generator(seed, "noise").uniform(0, noise)
-    experts = [fold_whitening(weights + way, mean, std) for way in (delta, -delta)]
-    pair = [state_rollout(task, expert, seed, steps, noise, persistence) for expert in experts]
-    return [rewards.sum() for _, _, rewards in pair], np.concatenate([s for s, _, _ in pair])
-
 def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, persistence=0.8,
-                 budget=2_000_000, horizon=200, seed=0):
-    """Augmented random search for a linear policy that survives being imitated.
+                 budget=2_000_000, horizon=200, seed=0) -> str:
+    """Augmented random search for a linear policy that survives being imitated -> its literal.
 
     It starts from holding the initial pose. Each iteration tries `directions` random directions,
     normal of scale `size`, both ways and moves by `step` (decaying to a fifth) along the `top`
     best. States are whitened by running statistics. Clones err, and err again in the same state: so
     `size` is large, which makes gaits that stand errors of the policy, and actions are disturbed by
-    noise of scale 0 to `noise`, much the same from one step to the next. Every 480 directions six
+    noise of scale 0 to `noise`, much the same from one step to the next. Every 20 iterations six
     fixed episodes, half of them disturbed, decide whether this is the best policy so far. Stops
-    after `budget` steps. Returns the literal for EXPERTS, and its returns on ten unseen seeds."""
-    env, rng = state_env(task), generator(seed, "expert")
-    A, (S,) = len(env.rest), env.observation_space.shape
-    weights, mean, std = np.c_[env.rest, np.zeros((A, S))], np.zeros(S), np.ones(S)
-    count, sums, squares = 0, np.zeros(S), np.zeros(S)
-    best, best_return = None, -np.inf
-
-    def returns_of(literal, first, episodes, steps, noise):
-        jobs = [(task, from_literal(literal, A), first + i, steps, noise * (i % 2), persistence)
-                for i in range(episodes)]
-        return [rewards.sum() for _, _, rewards in map_in(pool, state_rollout, jobs)]
+    after `budget` steps."""
+    rest, rng = state_env(task).rest, generator(seed, "expert")
+    A, S = len(rest), state_rollout(task, None, 0, 1)[0].shape[1]
+    weights, mean, std = np.c_[rest, np.zeros((A, S))], np.zeros(S), np.ones(S)
+    count, sums, squares, best = 0, np.zeros(S), np.zeros(S), (-np.inf, "")
 
     with worker_pool() as pool, tqdm(total=budget, desc="expert", unit_scale=True) as bar:
         for iteration in itertools.count(1):
-            seeds = [int(s) for s in rng.integers(2**31, size=directions)]
-            jobs = [(task, weights, mean, std, size, s, horizon, noise, persistence)
-                    for s in seeds]
-            returns, states = zip(*map_in(pool, search_pair, jobs))
-            returns, states = np.array(returns), np.concatenate(states)
-            chosen = np.argsort(-returns.max(1))[:top]
-            move = np.zeros(weights.shape)
-            for i in chosen:
-                direction = generator(seeds[i], "direction").standard_normal(weights.shape)
-                move += (returns[i, 0] - returns[i, 1]) * direction
+            tried = rng.standard_normal((directions, A, 1 + S))
+            seeds = rng.integers(2**31, size=directions).tolist()
+            scales = rng.uniform(0, noise, directions)
+            jobs = [(task, fold_whitening(weights + way * tried[i], mean, std), seeds[i], horizon,
+                     scales[i], persistence) for way in (size, -size) for i in range(directions)]
+            states, _, rewards = zip(*map_in(pool, state_rollout, jobs))
+            states = np.concatenate(states)
+            returns = np.array([r.sum() for r in rewards]).reshape(2, directions)
+            chosen = np.argsort(-returns.max(0))[:top]
+            move = np.tensordot((returns[0] - returns[1])[chosen], tried[chosen], 1)  # (A, 1 + S)
             decay = 1 - 0.8 * min(1, count / budget)
-            weights = weights + decay * step / (top * returns[chosen].std() + 1e-9) * move
+            weights = weights + decay * step / (top * returns[:, chosen].std() + 1e-9) * move
 
             count, sums = count + len(states), sums + states.sum(0)
             squares = squares + np.square(states).sum(0)
             mean = sums / count
             std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
             bar.update(len(states))
-            if iteration % max(1, 480 // directions) == 0 or count >= budget:
+            if iteration % 20 == 0 or count >= budget:
                 literal = to_literal(fold_whitening(weights, mean, std))
-                mean_return = np.mean(returns_of(literal, 10**5, 6, 400, noise))
-                if mean_return > best_return:
-                    best, best_return = literal, mean_return
-                bar.set_postfix(best=f"{best_return:.0f}")
+                jobs = [(task, from_literal(literal, A), 10**5 + i, 400, noise * (i % 2),
+                         persistence) for i in range(6)]
+                score = sum(rewards.sum() for _, _, rewards in map_in(pool, state_rollout, jobs))
+                best = max(best, (score / 6, literal))
+                bar.set_postfix(best=f"{best[0]:.0f}")
             if count >= budget:
-                return best, returns_of(best, 10**6, 10, 500, 0)
+                return best[1]
 
 def search_expert(name, seed):
     """Train a task's expert anew and print its entries for TASKS and EXPERTS."""
-    task, model = get_task(name), state_env(name).model
-    camera = tuple(round(float(x), 2) for x in AgentRenderer(model, task.camera).camera)
+    task, env = get_task(name), state_env(name)
     if name not in TASKS:
-        print(f"{name} is new: assumed camera {camera}, default search")
-        print(f'    "{name}": {replace(task, camera=camera)},')
-    literal, returns = train_expert(name, **task.search, seed=seed)
+        camera = AgentRenderer(env.model).camera
+        task = replace(task, camera=tuple(round(float(x), 2) for x in camera))
+        print(f"{name} is new: assumed camera {task.camera}, default search")
+        print(f'    "{name}": {task},')
+    literal = train_expert(name, **task.search, seed=seed)
+    expert = from_literal(literal, len(env.rest))
+    returns = [state_rollout(name, expert, 10**6 + i, 500)[2].sum() for i in range(10)]
     print(f'    "{name}": "{literal}",')
     print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
 
 def to_literal(expert) -> str:
-    """A linear policy (A, 1 + S) as text: float16 in base 85."""
-    return base64.b85encode(expert.astype(np.float16).tobytes()).decode()
+    """A linear policy (A, 1 + S) as text: float16, low bytes before high, deflated, in base 85."""
+    pairs = np.ravel(expert).astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return base64.b85encode(zlib.compress(pairs.T.tobytes(), 9)).decode()
 
 def from_literal(literal, actions) -> np.ndarray:
     """What `to_literal` wrote, (A, 1 + S) f64."""
-    weights = np.frombuffer(base64.b85decode(literal), np.float16)
-    return weights.reshape(actions, -1).astype(float)
+    planes = np.frombuffer(zlib.decompress(base64.b85decode(literal)), np.uint8).reshape(2, -1)
+    return planes.T.copy().view(np.float16).reshape(actions, -1).astype(float)
 
 EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
     "cheetah":
-        "fVY6afUE$t0J4C(0I>kJ06hSy0JQ)i0I2{NfUbb10HA;-0JQ+VfVKcH049K}fG_~H0J;DzfUtnB04IPb03-k)03`"
-        "sT0Jea;fGmKsfU*EMfVF_J05<@b0I+~C04V^l0IdL|02lzI0Jng}fGhy3fVhA)0JZ?R0JH$E0JZ=#fT(~j0IL8T0"
-        "Hgq@0IUGE0H6T305kx#fVcp<06+k#fU<xnfUSV90IYzg0H}bf05AYLfGU8rfUN+yfV6<O0674w0I>ie03`q~0H6S"
-        "vfTaMa",
-    "hopper":
-        "0KI@d0J8w1fV2QLfG_~DfUf|e02lxv0J;D@0K5P|fUSTzfUtnLfT#eg044w<0K|Yq0Kou40JH!&fVqIPfGdEh04;"
-        "zj",
+        "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg{{7xZN"
+        "_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)=?UCA"
+        "vx%tclSy-y3<32>B<ACL}A2L",
+    "hopper": "c-muVU|?tfLkMU90Wbr`V`$iGw|UVPQ-h7`7fC4Yvfbmb)^fv+6|2>hkGLFk+G4SDv-V0|EdbC#7?1",
     "walker":
-        "fW3e`fUf|-fVcoG05E{IfINUO0IC47fGhx@02}}!fF%GbfI<MmfHwfSfUf|!fW3e@fV6-(fV_Y#04sne0Hpx3fGL"
-        "11fX9GEfW816fV_Y$0JnfL06+k>0HlDefGhwj0Gt4!04e}6fJOksfIk2{06PFX0JMNIfW81X0Ih&104xBffTRE=0"
-        "Iq<f0LFks0Ji|J0IC2z0KfpY06_q-fVqIG05X85fG+^CfGB`50LlPK0Kovd0K5P=fV6<M05pKMfUJP7fHMH8fG~i"
-        "t03LuX",
-    "swimmer":
-        "fHD9*06PG_fVluT0JH!xfGYs60JDHR0JeZOfH45GfG&V7",
+        "c-m`dXkchyU}$In5ey&<g<t@c0x=pO(jWq&3d(~ahy+9sf)G5Y&|aJM2Y2WgY_l;~wNYn*jFPIB(;@Sn>v!z6++wj"
+        "uM_YaACQY5=uKQ&6=x#T1*t%q`j`o~|T83^%>}{;Aw;1g+U#p?Be2MD1CC6O0Z&+n}V4LHHovVzN>u=OBJmq<C*B*"
+        ";4TTQmDS!cY`V1t}400u!zX8",
+    "swimmer": "c-m`VU|?u~;0A^U5Hhm0-nY|Yi=p=V%{JT23^(iP0syR03o`",
     "ant":
-        "0Kb4hfH(lb05|}&fU$ry05X6(0Jng%03LuQ004ln05pIrfT{qf0G@y<03-k_02lzN0H6S#fV2QW0JZ=+0JQ)pfU^"
-        "LvfGq$i04;zyfG_~D04)G104@Nh04@M90Hpw@fT;i|fF%GTfUAHhfH{D?fU|(T06BoUfUSVEfH;6R0Jwm+055<rf"
-        "HVN90Iz_o04xBWfTn;b0Gt4x0H6RP0G<Gz0Kot~fG_~PfI0xJfGGemfHQzNfU|(RfV6-*fG>b1fG_}{0HOe;0Hy#"
-        "b0HXk@0H^?_044w@06BoX0I7hlfI|SafGL2cfIEP+05O0yfHQzK0Iq<s0I-0jfGB{j03(2;fTsYd0HgpZ0HXjV0G"
-        "I%=fH(lX0I&eGfUN+r0JH!zfG_|g0Jng#fFyt>0IGnh04M+~03LuPfTaMY0000WfTe&a0KEV`fHVL&fH?p%fGq$y"
-        "fUtl#fGhx_05*Us04jhp03rY=03iUZ04M+|fUN)`03iS^03`sd0J#9WfHwd+05|}!fHMHEfF=Mp0Jwm;0Iz^J05E"
-        "{70I~om03v{{03HA!fFuB*03!eZ03-ma",
+        "c-l=)YmS025biPd7g1i@qG%OdT8)XxUaZI19~(kcK#=EBSBa91H(Lb}JLyd3d&~@A3;=LT&$#t>2(;x6)+hkap4AU"
+        "La_i|t>_x?1ybaYbp!KrO$hzOKkD<+iR^FV{UD$e_qGmwN{H@59@Z6j(j)kCt%p8O}TayQGfn)R4@B9FZR7X0+xsF"
+        "Eu2)lj&6>*Q~rKo5bb7Gy2V{8U#G_*bVZ99@}UzfO=$7o`Z;>_n`6+3I!Lz`gdsqgd>q@M@mE%;<+%#u9wU?Oe(V2"
+        "d{DS5B&o$2m8!e9UDv4B=2vTo3eISS?LLr#j8ZaQ&fah6wu+)MBx(D^Yp2D9MaewN7P9@csviiO`cB3CQ6;wQPxH",
     "humanoid":
-        "xjcYD8^HhoS+xKF004@_006VJm$XG2gRS1Q*0gpTg{?9+nk$R2IkwuXlCY?+008$b000A}00000f3W}nTqPAB{-P"
-        "k4fhAfW@1g;h>L9Kt#iRP5vZ(T-00000000008$kd7nmhmiv$OyJz_0)SJD>mn002h9003&j006qQ004|K000KA2"
-        "(ADC001&V007lAN4@|6-?#|71GWz`<C#c1RW>-X<r!M0(XZ*AVx|hP^&S8KEH?lEnW_K)<r)vF002ZHof~$c+ads"
-        "((wnOx&7$TR{h}TwS|1goBPN8OASidWNv(#d007Uy002X=003$-002j_008i^(=z}7usi?&-Z20G)3^WtTQL9tTB"
-        "QI0005jt002|4OgR7mnYS&yA+?00q_JE*XEmcFrZEP#-7Yev4Yn39Iwb%A@3a5_jy3=QEiCgX008Bs^`$MLVWB*m"
-        "9wuNRRUsW4KOxs1Yot*j+#ZD_^faX?U98JC002lq008?j007Ij000;(008NyrLh12)G+`63^f1%(lh`7M+^V}XhU"
-        "KxX2NT}`7%zpeKUo+iL~Rj3^HP_gemp72({uiBQX=RcCOkmbhUo3^eZ_s1t^fSr!yfRm8@1FQ7p8hXdO2z79~&~7"
-        "N-}eDV5-td8pr^#-oy$2&hV)<*lfwXR>%LLPfYceLPpL2&zIbOE7(+>8l;HZ6wjg@j3Q3aIgq4u`QRQttj-CTf!k"
-        "gBs@1ddO_YUgR}y@DX|N(mbj*~qOt-vFB)Mk+pO!d-LQnQp&Gcdey;H=;iiHzLNhfn=&K8)*DxKZtC4A}nHk(7TB"
-        "c_r3mJ`}c_<Gcy_^jx+NPBxAThcs(6F<q_(P<`K|Z0Z61V&}B{HBd93`_YT&|ov(LLWdcd#zA(=G_CV=4zP%EE~*"
-        "9YJ5T_CzDHEV5%X`zm0zw5sj5Gcw*b3$OIBKC8+rekX9Lp(SuF>##hobEx69Dy;uAF(=2Idobf6NExmjn5ym}2Au"
-        "Pr5GzZe?x6)KIwmip#-&r7m8V-Ywz9G{b;LwLov`pRy&D!Y>!#!?v8Zq}@ux&S4Zc0L%rTm^u(j_im!~kA<VC}|5"
-        "5>2xz_=T^X10vHAhIO9iKPRxM6CL;%(*1E-mva7-!9&)S1c1S(yG-k`m*7-53FsiIVv6{F0GjvQmk~RsT|0p5vcd"
-        "72p1?J>7_^|3LQZyoS}~;#V1iRF)(X2hcJmgSTgag+c3T<^f3dZ(ytdX9yV~jb-BAa4mD!6LpSUw!y;p=UPEFnX2"
-        "NSe`7%y8eY1tSi8RW%$F#LJAu$=YUNVlZhAC||K`-Yk8#Amf;V?Ne1*nj-r?Vj+l`K}FQ7p70=BDANG?f9EksW<2"
-        "3neukf*1uTC!UEY<RSB;<t?ZvXEJ!LLPfZ{eLPn#2&zJ`OE7&R>8l+xZKTo0@wxUka4-lkv8|V*t*G>tWWpgpBs@"
-        "2|dO_Z<gERuYDKW)1-x)V9*{njc)wtWUrLvitf--Zi^D+i8jj{17;U<DILbEk7=qn2(*DxI@Fs3Ua78$0Y(vg#_j"
-        "v2oq{HWC?dnAac5}??eAhEit&@i(p_(P;bK|Y}@61V)fB{HC|93``@TrQkE(Y@a|cQ7uq)2;}tW2y%)!orCz9YJ3"
-        "-_CzBxEHYy>`>LTfu&&dvJFA+u533QlHZq%~M6Khn)T_Lwd8s_Eb131pDlGpqF{j5Idobgn)tj=OA1h;_Y#HSpim"
-        "KEh7bC(YI-CL`38`Ktl_y)YwlcD{b;Lx$ov`q+y&D#@>!#$Yv8Zsf@h3z+4L&`#%(0raur=>1mnSfq$VJ1s55>1G"
-        "z_=SZW;TqxATq_Vfw>8|-LOi$)ul7DMXXY+<gdr7_p=$V=B(8)`ZD3S4=io1IjSC|F0GlF>!-D<7Z*PvaIC$jpB%"
-        "HKFR7Rza3%dEOr<9s#ivoSF|cd3hcJo0STgY~+c3VV^f3b@(yte?9=343bve5^4z*&nL$~ZG!=huWfx#a>Pe6G*U"
-        "^qE8-L1{NM7IDjkF>cctEqIZOtL<)0j(&w{xz2=2RV}=gftE<sWLIGF*0l+Q5^6aw60Df1E#ksC91EMO&Z^vESes"
-        "k7p%Q0pq8baU#XKOe>JHpOsE;LTeSH_-83bjJTZBxzM(*`tu1^nWg-wpn87c?F)%u|Z#BxWO{`oi(L|-bAHnNEio"
-        "C$3$E~#_z$*zY$GEkwx1NT%^t!{X!Z0Ma(6aL!YpKsMb1yxwf3te5fU+Dg9WFT(wWOpX!=0KSmZG~O>L`aN6sQZM"
-        "#i*>RU!Z)f&?JMKR<_5dd@!Lj-7{RlOTqW8&ox#m54NT$?x*lDShG(*Hoz4?I;cCagRv^E0IN8#vA|EXEkcpDXTH"
-        "2A*0gN3@i+CcJe&=!YcL!%S}<BG6*9oAyC;veqcHxa(<~V)u&%nbps_kFZ>?n~I;ZUw!>9@;#~|A!RV7fH2qJ!(f"
-        "h={X*{B8}NuNI;jWi-94xALLAGfG9Sv&5mYak0YA}`z}%%&8k)Uf?RIzi*O^C?2Q`m?ex)|%xhZ$TfvPr!LRV7NI"
-        "p-L1_%M7KLG`!O6b|12%B%{1AlttkOHW+8pFEx0i@ps5b6sWLGwF*0nSQ5^6av@T8}Bbu=sIvP11EGGD>7%Gw$m7"
-        "H6tZl)%z!70WTe>JHpOsE;LTQvDa-Lxg3Jh6GHz9B%bt*v}7Wg-y9n87bXF)%tdZ#Bv=O{`q2zr>|JA3^Iuiafxj"
-        "$E~%bz$;ccnL3;;z_2&12|42~x*lYypfP8!EVlx)`<y*5f3tclfU+F09WFT(wIrk>$*4f59VjXz>mA3Si6WY#ZLG"
-        "{BSsT@;uc~+;R<_5dd@!Lj-LqW5OF{Ro&$U)64>qPL?kDgtShG*RHoz6YI;cA^gRv?u0IN7Kw7^faEkcntXTH3r)"
-        "--Ij@we|YAuuT`5;7~YcAPM+Z7`j%#U{%v#w`1%n6()zur9i_pfNfvZ!Kk~I;ZWGF(nI|6(X9N<fu<4y&%FR@t;H"
-        "=Cm@ilc_{R#jkF@A4jdFKAGfHqSv&45Yak1@A}`#f%%&73)G+-*I>F<(^Ql6*`ZKaG)*9t0",
+        "c-nQ;dsGuw9>DRd9xY0h)(Qv-kc7OSGm{4dA{q>>t+v+oXe+vEwbkyTE9dxVX?@iCXmP7nJqUz|33*MDnPf7PNdgi"
+        "iDA4tBd}7xJurA`RWvjAaZME8+`~m+lbM86w&)j>zpFe($U$MYa0QLi_x@33H^{smm^WXG0kD%ZQm;k^|usrnzXIJ"
+        "UNaX<OnpOXIr%)<g^K!H|J2*B&$FQ5s02PP!}fPk(yKyT87l)ib3^ZQFL-(NlDF_42=(4PWK$G6@BS9}-lJ<l#p&E"
+        "3QK?9F}PBACnk{RVh+6%e2YTm{QODF7Dm{sK^|;O=oOUuSns>PDuf6@Z7}AW#f}{>O@s4B4v|XU+bxY|-t#!_GgQ1"
+        "M|Q$a1P7__nqJxco|$_HvDw;+Opr?*}k{3@8#8d9w+@P_qDAzH}4qMPyF7^ty;1u^l4t&yJ_i?e^&H%97%esA6@r("
+        "adi6!NyYQG-_P1`dGMF=q+m5Zyo}4w`=V#}cuDdxSHpPKN4EyL_t>I42Jd`bto={&k6FGy*WNB&mwcciB{ubD6{qP"
+        "E^{c~ZoBq4N%BGfEF86+>yqdJ;rL&b;D}TwAuX(mA^s~ArdAR88j&fW1fML@e=^t?Cmwog6H4i2Yy)ys7!~#{v`&G"
+        "-r<QCKMN3pblyTS57)6`k#&BViM=<ey1NGogYcN~7@1k=;={GJEBJs-SwrR(XPlnwf9W$k;LJwLqqBuRXK-V~$dQ2"
+        "Qdd?3>CD2XD0uPq>nvUB2bywAFL}dwR`^5tp-_G&f_#!F?Ny|7Kx#MqTdR(TqF1Jz4wpL{a74p|M;(9&u^!&AU<Db"
+        "<0`%^`@ao2S!~WS(@w0(SxUc@A~rF>HiqZrESE;MqDj4r@X4GGxc3-t{8RcB6HTP@85qdy{%yU<P~GN{4nCuzH4&#"
+        "TV3js_wIH+$+$P_GC-%#E{~m{R5j(#7l_7k*_E@fVwJx8f(aaI^le^HG*0}Y`lX|Lrg>m^{h~*qcP2yxfwz0*+37K"
+        ">bLG*Uo&_1pe(M$(Dq7~?+dg@vMg<paJp1<Y%g&sE{jHsJ>*P*4vTyiw8~@T!*~Lw>c7E{{J4;VHPMeRN{OOw+$?e"
+        "$6ZI^a0>D*@PUOxZH#U&}O2ai5ns7oy<+${z9!G(&$>zc2xAAD?>TE;FdO>I4S$o}GL2GL|K*!W4o&!?w!-dg-_(v"
+        "DqQZcKV}_5t3s89C_E2W82;+vjIodtT5tRQ!~@-oJ6AsPGy455<KW__(#(6|i-*C^uN3m;XBRNY%2x3gaDP6`dL>T"
+        "2gCi&70iU^s#lFeEhS~qQB3{k`8oMnm3$Z+7<YGtfJ6J(L=6ex@;@7;duMGj%PKaMR0Pe`R>A4+n`DGeZ}xtMFwLW"
+        "&;XnPp%4pCES-!9`-lKg04D%JAjoN`PArbtZbj{hDP;r(5Mm~a6@WJ84Kee{?+2h5Xj(w@WEiO})R7skK)s8|26?~"
+        ">GQEJuvhmDy+=h$>VUAsRLQLZx5N9?=00~GnvmXqi%wi5K0fZhzVzeVTOUsADN@rLlV2;oMxdb?!Hd~#L%Vlx19o%"
+        "fbMvUp0%fKKEWWXI{KD0o?OsctxwiYC+ZVJ(eUlOHtFy)8nfD92+>Ku$Kw`a)&*>1F|8nxML(0Uvt6(xlRzZZfUd="
+        "$S!uOlFZU3{!<j-kM)48?+Elp^yol^96`GfBV9g{Wbl140jD89Wy+!zSifBrZNIB|LM_6k(A(L?ux84YTqIN{LBTZ"
+        "AxRvM3Ne5*c(A~0m3H}c?1f=kJ6Z0WP!LDSzfNCUS_jNgm$OJts%8%j0DV5yQHYvUDOhWX<Ftsmo&EfqmAKave`*t"
+        "!Nw?|R$_9<3y~2FmkRI<%*}S7-gK^0kR`DRL<ppXiVz%<z>WZ-i#6)Cbe@>!V_b@me5y$k4e8)8W205c)Jh0JDJn;"
+        "9ljpkJRW%8lnc{je*RBvFc*#kF(n~-*pW4yUsDmKfjwW21jDAfF)@3jzjEx!bBXCeAL?~Fshr|h!gbga>qgG4M3rX"
+        "ghisX?95)j}@Lo6Sn{Fpc4qA?+e#;fxazOXNfIB~+~_V~rLT<vB<wmQZnVUsJc@H|3M2%*o!i6Dz|c~MGKR1^-<TA"
+        "3)}qKxWw%}Bx|VS@#{Q~-mJh#dDi@me=ylCbe`1p;T5n<Qwc1yMjAm>(d+F}<FqBjN^Myl9RgUx&vca7gU&lR-SHm"
+        "FT$|1%e}7Hp|a*NxjE1E#`Vma?IipYNco}RHCuM9$P@6;=LYkgTh(@lbKrL#%3qZmnowD`o<<4ijZs%tO`&V2`Ohd"
+        "c*i*nxndD&N4-{zUl(>m8g)F5Yo%d{8=_{n&OwQw-$%5Dio-3U5S<sa;E)EAA()7UTymM84k~bwI~5gi1cExAS&pK"
+        "d6C91e;)`esF^*0paJh(LV^q>asmu~%ORFKO!)Ha5Ff0#hP$nl7)p>A4f!NqACC|*x%ocj3X%>$QlcXhzG$kQx(8C"
+        "SjDqcst7}9AW%y*{9Xf!x+hfH6fAaK1h+XDw8lto3!NkTb;&qLkf+$<~4j`3Njmy;->;zpd7>LenFI@Q{WLP4buVv"
+        "2MvZVeq#Gc_brMF{0`H!V}rutMQ>S0!o^RVQ*dm>3N?*|JEeP|gXfoGu|$9FKaM)T&I${{isX8qN",
 }
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -274,7 +275,7 @@ def test_folding_the_whitening_leaves_the_policy_unchanged():
     assert (clipped == 0.01 * np.sign(expected)).all()
 
 
-def test_a_literal_is_float16_in_base_85():
+def test_a_literal_is_float16_deflated_in_base_85():
     """1 bit of sign, 5 of exponent (bias 15), 10 of fraction: read here by hand."""
     def decode(low, high):
         bits = low + 256 * high
@@ -284,7 +285,8 @@ def test_a_literal_is_float16_in_base_85():
 
     data = np.random.default_rng(0).integers(0, 256, 600, np.uint8)
     data[1::2] &= 0b10111111  # no infinity
-    literal = base64.b85encode(data.tobytes()).decode()
+    planes = data[::2].tobytes() + data[1::2].tobytes()  # all low bytes, all high bytes
+    literal = base64.b85encode(zlib.compress(planes, 9)).decode()
     expected = np.array([decode(*pair) for pair in data.reshape(-1, 2).tolist()]).reshape(6, -1)
     got = masklam.from_literal(literal, 6)
     assert got.dtype == np.float64 and got.shape == (6, 50) and (got == expected).all()
@@ -295,12 +297,20 @@ def test_a_literal_is_float16_in_base_85():
 
 
 def test_expert_search_learns_to_move_forward(monkeypatch):
-    literal, returns = masklam.train_expert("cheetah", directions=8, top=4, size=0.03, step=0.02,
-                                            noise=0.1, budget=60_000, horizon=100)
+    literal = masklam.train_expert("cheetah", directions=8, top=4, size=0.03, step=0.02,
+                                   noise=0.1, budget=60_000, horizon=100)
+    expert = masklam.from_literal(literal, 6)
+    returns = [masklam.state_rollout("cheetah", expert, i, 500)[2].sum() for i in range(5)]
     chance = masklam.state_rollout("cheetah", None, 0, 500)[2].sum()
     monkeypatch.setitem(masklam.EXPERTS, "cheetah", literal)
     assert masklam.load_expert("cheetah").shape == (6, 18)
     assert np.mean(returns) > chance + 100
+
+
+def test_a_search_shows_the_expert_what_it_will_see():
+    expert = masklam.from_literal(masklam.train_expert("humanoid", directions=2, top=1, horizon=9,
+                                                       budget=30), 17)
+    assert expert.shape == masklam.load_expert("humanoid").shape
 
 
 def test_an_expert_for_an_environment_without_an_entry(monkeypatch, capsys):
@@ -374,9 +384,9 @@ def test_the_camera_follows_the_agent_along_the_ground_but_shows_its_jumps():
 
 def test_a_goal_that_no_motor_moves_is_drawn_but_is_not_agent():
     model = gym.make("Pusher-v5").unwrapped.model
-    assert {model.body(b).name for b in model.geom_bodyid[~masklam.agent_geoms(model)]} == {
-        "world", "object", "goal"}
     renderer = masklam.AgentRenderer(model)
+    assert {model.body(b).name for b in model.geom_bodyid[~renderer.agent]} == {
+        "world", "object", "goal"}
     _, alpha, mask = renderer(model.qpos0)
     moved = model.qpos0.copy()
     moved[-4:] += 0.3  # places of goal and object
@@ -954,6 +964,13 @@ def test_hard_mask_has_no_gradient_outside_and_the_right_scale_inside():
     weight = np.where(inside.numpy(), 1, 0.5)
     expected = np.average(((prediction - target) ** 2).detach().numpy(), weights=weight)
     assert abs(half.item() - expected) < 1e-9
+
+
+def test_a_batch_without_an_agent_teaches_nothing():
+    prediction = torch.randn(4, 3, 8, 8, requires_grad=True)
+    loss = masklam.masked_mse(prediction, torch.randn(4, 3, 8, 8), torch.zeros(4, 1, 8, 8), 0.0)
+    loss.backward()
+    assert loss.item() == 0 and (prediction.grad == 0).all()
 
 
 def conv(i, o, k):
@@ -1534,6 +1551,9 @@ def test_the_summary_shows_a_bar_for_every_number_and_what_was_predicted(figures
                 np.testing.assert_allclose(ends[:, 1], [middle - std, middle + std])
     assert len(set(shown.values())) == len(results["methods"])
 
+    masklam.plot_summary(results, {}, tmp_path / "summary.png")  # LAOM predicts no pixels
+    assert len(figures[1].axes) == 4
+
     assert len(rest) == 8
     for i, (name, (true, predicted, mask)) in enumerate(predictions.items()):
         error = abs(true.astype(float) - predicted).mean(-1)
@@ -1599,7 +1619,7 @@ def test_the_animation_shows_films_side_by_side_and_the_shorter_stands_still(tmp
     short, long = np.zeros((3, 8, 8, 3), np.uint8), np.zeros((5, 8, 8, 3), np.uint8)
     short[..., 0] = np.array([60, 120, 180])[:, None, None]
     long[..., 2] = np.array([50, 90, 130, 170, 210])[:, None, None]
-    masklam.save_animation({"a": short, "b": long}, tmp_path / "rollouts.gif", 0.05)
+    masklam.save_animation([short, long], tmp_path / "rollouts.gif", 0.05)
     animation = Image.open(tmp_path / "rollouts.gif")
     assert animation.n_frames == 5 and animation.height == 24 and 48 <= animation.width <= 72
     for t in range(5):
@@ -1764,12 +1784,15 @@ WRONG = {
     "--task MountainCarContinuous-v0": "--task is 'MountainCarContinuous-v0'",
     "--task HalfCheetah-v3": "--task is 'HalfCheetah-v3'",
     "--task nosuchmodule:Foo-v0": "--task is 'nosuchmodule:Foo-v0'",
+    "--train-expert --task dog": "--task is 'dog'", "--train-expert --task ''": "--task is ''",
+    "--train-expert --task CartPole-v1": "--task is 'CartPole-v1'",
     "--task Reacher-v5": "--task Reacher-v5 has no expert: search one with --train-expert",
     # footage
     "--backgrounds {tmp}/missing": "allowed: a folder with four or more videos or pictures (.png",
     "--backgrounds {tmp}": "allowed: a folder with four or more",
     "--backgrounds {tmp}/text.pth": "allowed: a folder with four or more",
     "--backgrounds {tmp}/broken": "three.jpg cannot be read",
+    "--backgrounds {tmp}/flipped": "three.png cannot be read",
     "--backgrounds {tmp}/empty": "folder has no picture",
     "--backgrounds {tmp}/mp4": "pip install imageio[pyav]",
     "--backgrounds {tmp}/broken --distractor none": "--backgrounds has no effect",
@@ -1793,6 +1816,7 @@ WRONG = {
     "--sweep colours": "--sweep: invalid choice: 'colours'",
     "--sweep labels --until lam": "--until: not allowed with argument --sweep",
     "--sweep labels --train-expert": "--train-expert: not allowed with argument --sweep",
+    "--sweep labels --episodes 3": "--episodes is 3; allowed: 4 to",
     "--sweep labels --labels 20": "--labels is what --sweep labels changes",
     "--sweep masks --mask-input": "--mask-input is what --sweep masks changes",
     "--sweep correlation --distractor none": "--correlation has no effect",
@@ -1801,6 +1825,7 @@ WRONG = {
     # SAM
     "--sam-checkpoint {tmp}/missing.pth": "missing.pth is no checkpoint of vit_b",
     "--sam-checkpoint {tmp}/text.pth": "text.pth is no checkpoint of vit_b",
+    "--sam-checkpoint {tmp}/page.pth": "page.pth is no checkpoint of vit_b",
     "--sam-checkpoint {tmp}/list.pth": "list.pth is no checkpoint of vit_b",
     "--sam-checkpoint {tmp}/other.pth --masks sam": "other.pth is no checkpoint of vit_b",
     "--sam-checkpoint {tmp}": "is no checkpoint of vit_b", "--masks sam": "cannot be downloaded",
@@ -1813,6 +1838,11 @@ WRONG = {
 def test_every_flag_of_config_is_among_the_wrong_input():
     flags = {word.split("=")[0] for line in WRONG for word in shlex.split(line)}
     assert {"--" + f.name.replace("_", "-") for f in fields(Config)} <= flags and len(WRONG) >= 60
+
+
+def test_a_sweep_of_labels_asks_for_no_more_than_there_are():
+    config, _ = masklam.parse(["--preset", "smoke", "--episodes", "4", "--sweep", "labels"])
+    assert [point["labels"] for point in masklam.sweep_points(config, "labels")] == [50, 78]
 
 
 @pytest.fixture
@@ -1838,8 +1868,14 @@ def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsy
             for name in ("0.png", "1.png", "2.png"):
                 Image.new("RGB", (20, 20)).save(tmp_path / folder / name)
             (tmp_path / folder / wrong).write_bytes(b"<html>404")
+        if "flipped" in line:
+            picture = (tmp_path / "broken" / "0.png").read_bytes().replace(b"IDAT", b"KDAT")
+            (tmp_path / "broken" / "three.jpg").unlink()
+            (tmp_path / "broken").rename(tmp_path / "flipped")
+            (tmp_path / "flipped" / "three.png").write_bytes(picture)
         (tmp_path / "empty" / "folder").unlink()
         (tmp_path / "empty" / "folder").mkdir()
+    (tmp_path / "page.pth").write_bytes(b"error code: 1010")
     if "list.pth" in line:
         torch.save([1, 2], tmp_path / "list.pth")
     if "other.pth" in line:
@@ -1856,16 +1892,15 @@ def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsy
 
 
 def test_no_memory_gets_one_line_and_other_errors_do_not(monkeypatch, tmp_path, capsys):
-    def die(*_):
-        with masklam.worker_pool() as pool:
-            list(masklam.map_in(pool, os._exit, [(1,)]))
+    def die(config, options, pool):
+        list(masklam.map_in(pool, os._exit, [(1,)]))
 
     for fails in (lambda *_: np.empty(10**15), lambda *_: torch.empty(10**15), die):
         monkeypatch.setattr(masklam, "run_seeds", fails)
         assert masklam.main(["--preset", "smoke", "--out", str(tmp_path)]) == 2
         *before, line = capsys.readouterr().err.splitlines()
         assert line.startswith("masklam: out of memory") and "--episodes" in line
-        assert before in ([], [""]) if fails is die else not before  # after a worker's bar
+        assert before == ([""] if fails is die else [])  # after a worker's bar
     for error in (RuntimeError("shapes"), ZeroDivisionError("0")):
         def fails(*_):
             raise error
@@ -1978,7 +2013,7 @@ def test_degraded_masks_leave_lapos_numbers_alone(smoke):
     assert set(before["mask_iou"].values()) == {1.0} and before["mask_source"] == "simulator"
 
 
-def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, capsys):
+def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, capsys, monkeypatch):
     folder, first, _ = smoke
     assert "masks: the simulator's own" in first.stdout and "--masks sam" in first.stdout
     flags = [*FLAGS, "--out", str(folder.parent), "--sam-checkpoint", str(fitted_sam),
@@ -1991,6 +2026,9 @@ def test_sam_masks_through_the_command_line(smoke, fitted_sam, small_registry, c
     assert set(results["mask_iou"]) == {"keyframes", "training", "heldout", "decorrelated"}
     assert results["mask_iou"]["keyframes"] >= 0.6 and results["mask_iou"]["training"] > 0.1
     assert (folder / "masks.png").stat().st_size > 1000
+    monkeypatch.setattr(masklam, "segment", None)  # SAM has seen what there is
+    flags[flags.index("--shift") + 1] = "2"
+    assert masklam.main([*flags, "--until", "mask"]) == 0
 
 
 def test_a_sweep_reuses_what_is_there_and_writes_a_row_for_every_point_and_method(
