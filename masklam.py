@@ -945,15 +945,15 @@ NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distanc
 class AgentRenderer:
     """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
 
-    model: the environment's MjModel. It is copied, and drawn with an MjData of its own: live
-        frames would lag a physics substep behind, and syncing the environment's data changes it.
+    model: the environment's MjModel. It is drawn with an MjData of its own: live frames would lag
+        a physics substep behind, and syncing the environment's data changes it.
     camera: distance (metres), elevation (degrees) and how far above the initial centre of mass it
         aims (metres); None: -20 degrees, and the agent spans two thirds of the frame. It follows
         along the ground but keeps its height: with no floor in sight, jumps would be invisible.
     size: height and width of the images, pixels."""
 
     def __init__(self, model, camera=None, size=64):
-        self.model, self.camera, self.size = copy.copy(model), camera, size
+        self.model, self.camera, self.size = model, camera, size
         self.data, self.colors = mujoco.MjData(self.model), model.geom_rgba[:, :3].copy()
         mujoco.mj_forward(self.model, self.data)
         moved = model.body_rootid[model.jnt_bodyid[model.actuator_trnid[:, 0]]]  # by motors
@@ -1015,9 +1015,9 @@ class AgentRenderer:
         return layers
 
 # ==== 10. Distractors [record] ====================================================================
-# In: a Gymnasium MuJoCo environment. Out: the same environment with 64x64 pixel observations in
-# which everything but the agent moves too, partly following the agent's actions. Stationary or
-# smooth backgrounds are easy: what ruins a latent action is many sharp edges moving independently.
+# In: a Gymnasium MuJoCo environment. Out: the same environment with pixel observations, in which
+# everything but the agent moves too, partly following the agent's actions. Stationary or smooth
+# backgrounds are easy: what ruins a latent action is many sharp edges that move independently.
 class Backdrop:
     """What moves behind the agent: two scrolling textures and 12 two-coloured sprites.
 
@@ -1706,7 +1706,7 @@ def cache_key(config, stage, name) -> str:
     """Twelve hex digits that change with any field, file or line of code up to a stage."""
     chosen = {f.name: getattr(config, f.name) for f in fields(config)
               if STAGES.index(f.metadata["stage"]) <= STAGES.index(stage)}
-    if name == "laom-labels":  # the one method that sees labels before they are decoded
+    if name.startswith("laom-labels"):  # the one method that sees labels before they are decoded
         chosen["labels"] = config.labels
     files = [file_stamps(chosen[path]) for path in ("backgrounds", "sam_checkpoint")
              if chosen.get(path)]
@@ -1852,16 +1852,24 @@ class Run:
 
         return self.cached("probe", name, compute)
 
+    def targets(self, name):
+        """-> what a method's policy clones, see `latent_targets`; the oracle's: true actions."""
+        training = self.windows[0]
+        if name == "oracle":
+            return training.actions()
+
+        def compute(_):
+            return torch.from_numpy(latent_targets(self.lam(name)["idm"], training))
+
+        return self.cached("policy", f"{name}-targets", compute).numpy()
+
     def policy(self, name):
         """-> a policy that emits a method's latent actions, or the oracle's, that emits actions."""
-        config, training = self.config, self.windows[0]
+        config, targets = self.config, self.targets(name)
 
         def compute(partial):
-            if name == "oracle":
-                targets = training.actions()
-            else:
-                targets = latent_targets(self.lam(name)["idm"], training)
-            return clone(config, training, targets, f"{name} policy", partial).state_dict()
+            text = f"{name} policy"
+            return clone(config, self.windows[0], targets, text, partial).state_dict()
 
         outputs = self.actions if name == "oracle" else config.latent_dim
         return self.cached("policy", name, compute, make_policy(config, outputs))
@@ -1876,9 +1884,8 @@ class Run:
         def compute(_):
             if name == "labels-only":
                 return clone_labels(config, training, labelled).state_dict()
-            targets = latent_targets(self.lam(name)["idm"], training)
-            policy = decode(config, self.policy(name), training, targets, labelled, name)
-            return policy.state_dict()
+            policy, targets = self.policy(name), self.targets(name)
+            return decode(config, policy, training, targets, labelled, name).state_dict()
 
         if name == "labels-only":
             fresh = make_policy(config, self.actions)
@@ -1961,7 +1968,8 @@ class Run:
         return results
 
     def rates(self) -> dict:
-        """Samples a second of the stages that take long, each by itself on its core or device."""
+        """Samples a second of the stages that take long, each by itself on its core or device. A
+        training that was stopped and taken up again seems faster than it was."""
         config, rates = self.config, {}
         for stage, updates in (("lam", config.lam_updates), ("policy", config.policy_updates)):
             seconds = [self.seconds[stage][name] for name in config.methods]
@@ -2223,7 +2231,8 @@ def main(argv=None):
 # ==== 16. Appendix: experts =======================================================================
 # How the experts were found, and the experts themselves. Augmented random search (ARS V2-t, arXiv
 # 1803.07055) needs no gradients and ends in one small matrix: a linear policy, which a servo makes
-# enough to walk, and which fits into this file. Nothing else here is trained on states.
+# enough to walk, and which fits into this file. Nothing else here is trained on states. The
+# humanoid, which has no servo, took a longer search: mirrored, and held up by springs at first.
 def fold_whitening(weights, mean, std):
     """Policy (A, 1 + S) on (state - mean) / std -> the same policy on the state."""
     scaled = weights[:, 1:] / std
@@ -2299,7 +2308,7 @@ def from_literal(literal, actions) -> np.ndarray:
     planes = np.frombuffer(zlib.decompress(base64.b85decode(literal)), np.uint8).reshape(2, -1)
     return planes.T.copy().view(np.float16).reshape(actions, -1).astype(float)
 
-EXPERTS = {  # linear policies: bias and weights (A, 1 + S), see `to_literal`
+EXPERTS = {  # see `to_literal`; all but the humanoid's were rounded to eight bits a weight
     "cheetah":
         "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg{{7xZN"
         "_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)=?UCA"

@@ -1703,8 +1703,9 @@ def test_a_change_of_a_task_or_its_expert_changes_all_keys_of_that_task(monkeypa
 def test_what_learns_from_labels_is_learnt_anew_with_other_labels(tmp_path):
     runs = [masklam.Run(replace(SMOKE, labels=n), tmp_path, torch.device("cpu")) for n in (80, 40)]
     for stage in ("lam", "probe", "policy", "decode", "evaluate"):
-        a, b = (run.path(stage, "laom-labels") for run in runs)
-        assert a != b, stage
+        for name in ("laom-labels", "laom-labels-targets"):
+            a, b = (run.path(stage, name) for run in runs)
+            assert a != b, stage
     assert runs[0].path("policy", "masklam") == runs[1].path("policy", "masklam")
 
 
