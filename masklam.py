@@ -18,7 +18,7 @@ LAPO has b = 1: where the background moves, most of the error is background, and
 background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the agent's mask.
 
     python masklam.py --task cheetah               record, train both, probe, act, compare
-    python masklam.py --preset smoke               every stage in a minute, to see that it works
+    python masklam.py --preset smoke               every stage in half a minute, to see it work
     python masklam.py --seeds 3                    seeds 0, 1, 2 and their summary.json
     python masklam.py --sweep latent               the probe against the size of the latent
     python masklam.py --task cheetah --train-expert      search the expert anew, print its literal
@@ -236,7 +236,8 @@ class Video:
     masks: np.ndarray  # (E, T, H, W) u8, 255 = agent
     length: np.ndarray  # (E,) i64, frames until the episode ended
     actions: np.ndarray | None = None  # (E, T, A) as executed, scaled to [-1, 1]
-    intended: np.ndarray | None = None  # (E, T, A) before noise was added
+    intended: np.ndarray | None = None  # (E, T, A) the expert's, before noise was added
+    expected: np.ndarray | None = None  # (E, T, A) mean over the noise of what is executed
     rewards: np.ndarray | None = None  # (E, T) for moving
     states: np.ndarray | None = None  # (E, T, S)
     distractor: np.ndarray | None = None  # (E, T, D), how the background moved from t to t + 1
@@ -252,8 +253,8 @@ class Video:
         """Make files that take their room on disk at once. Length, which comes last, is 0 for what
         is still to be recorded."""
         shapes = dict(frames=(T, size, size, 3), masks=(T, size, size), actions=(T, A),
-                      intended=(T, A), rewards=(T,), states=(T, S), distractor=(T, D),
-                      demonstration=(), length=())
+                      intended=(T, A), expected=(T, A), rewards=(T,), states=(T, S),
+                      distractor=(T, D), demonstration=(), length=())
         kinds = dict(frames=np.uint8, masks=np.uint8, demonstration=bool, length=np.int64)
         folder.mkdir(parents=True, exist_ok=True)
         for name, shape in shapes.items():
@@ -309,8 +310,8 @@ class Windows:
         return self.gather(self.index(chosen, k)[:, :frames])
 
     def batch(self, chosen, k=1):
-        """-> obs and future_obs (B, 6, H, W, C) u8, next_obs (B, 3, H, W) f32 in [-0.5, 0.5], and
-        its mask (B, 1, H, W) f32 in [0, 1]."""
+        """-> obs and future_obs (B, 6, H, W, C) u8, next_obs (B, 3, H, W) in [-0.5, 0.5], and its
+        mask (B, 1, H, W) f32 in [0, 1]."""
         index = self.index(chosen, k)
         frames = self.gather(index)
         mask = self.masks[index[:, 6:]].to(self.device) / 255
@@ -322,10 +323,12 @@ class Windows:
 
     def noise(self, chosen=slice(None)):
         """(B, A) f32: the part of the executed actions that no past frame tells."""
-        return self.actions(chosen) - self.video.intended[self.e[chosen], self.t[chosen]]
+        return self.actions(chosen) - self.video.expected[self.e[chosen], self.t[chosen]]
 
     def demonstrations(self):
-        """-> the windows (n,) of the episodes that policies are cloned from."""
+        """-> the windows (n,) of the episodes that policies are cloned from: of one's own all."""
+        if self.video.demonstration is None:
+            return np.arange(len(self))
         return np.flatnonzero(self.video.demonstration[self.e])
 
 def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
@@ -671,9 +674,9 @@ def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
     index = torch.from_numpy(windows.index(chosen, 1)[:, 6])
     blocks = []
     for part in index.split(500):
-        behind = 255 - windows.masks[part, None].float()  # (n, 1, H, W)
+        behind = (windows.masks[part, None] < 26).float()  # (n, 1, H, W), no outlines either
         frames = windows.frames[part].permute(0, 3, 1, 2) * behind
-        weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1)
+        weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1e-3)
         blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
     return torch.cat(blocks).flatten(1).cpu().numpy()
 
@@ -1028,7 +1031,7 @@ class Backdrop:
     shapes, places and u change with `rng`."""
 
     TEXTURES, SPRITES, PERSISTENCE = 2, 12, 0.5
-    D = 2 * (TEXTURES + SPRITES)  # velocities: down and right of each
+    D = 2 * (TEXTURES + SPRITES)  # velocities: of sprites down and right, of textures up and left
     COLORS = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
 
     def __init__(self, rng, tied, correlation=0.5, speed=5.0, size=64, files=()):
@@ -1136,11 +1139,12 @@ def read_film(path, side, limit=100):
     def frames():
         for file in sorted(path.glob("*")) if path.is_dir() else [path]:
             if file.suffix.lower() in PICTURES:
-                plugin = "pyav" if file.suffix.lower() == ".mp4" else "pillow"
-                yield from imageio.imiter(file, plugin=plugin)
+                film = file.suffix.lower() == ".mp4"
+                how = dict(plugin="pyav") if film else dict(plugin="pillow", mode="RGB")
+                yield from imageio.imiter(file, **how)
 
     try:
-        film = [ImageOps.fit(Image.fromarray(frame).convert("RGB"), (side, side))
+        film = [ImageOps.fit(Image.fromarray(frame), (side, side))
                 for frame in itertools.islice(frames(), limit)]
     except Exception as error:  # a broken PNG is a SyntaxError
         raise UserError(f"--backgrounds: {path} cannot be read ({error})") from error
@@ -1247,6 +1251,18 @@ def explores(index: int) -> bool:
     knows the pose alone would pass for an action; noise is what only the transition can tell."""
     return index % 2 == 1
 
+def expected_action(intended, scale):
+    """The mean of clip(intended + scale n, -1, 1) over standard normal n: all that the past can
+    tell of an action. Near the ends it is not `intended`, as noise cannot lead out of [-1, 1]."""
+    scale = max(scale, 1e-9)
+
+    def above(limit):  # mean of max(0, intended + scale n - limit)
+        x = torch.from_numpy(intended - limit) / scale
+        density = torch.exp(-x**2 / 2) / math.sqrt(2 * math.pi)
+        return scale * (x * torch.special.ndtr(x) + density)
+
+    return (above(-1) - above(1) - 1).numpy()
+
 def noise_scale(config, index, seed):
     """Scale of the noise added to the expert's clipped actions, which reach from -1 to 1."""
     if explores(index):
@@ -1292,6 +1308,7 @@ def record_episode(config, folder, index, seed) -> int:
     for known in (video.actions, video.states, video.rewards):
         require(np.isfinite(known[index]).all(),
                 f"{config.task}: a recorded state, action or reward is not a number")
+    video.expected[index] = expected_action(video.intended[index], scale)
     video.demonstration[index] = not explores(index)
     video.length[index] = t + 1
     return t + 1
@@ -1307,7 +1324,7 @@ def record(config, folder, pmap=itertools.starmap):
              backdrop(config.backgrounds).D)
     episodes = dict(training=config.episodes, heldout=config.heldout_episodes,
                     decorrelated=config.heldout_episodes)
-    frame_bytes = 4 * config.frame_size**2 + 4 * (sizes[0] + 1 + sum(sizes))
+    frame_bytes = 4 * config.frame_size**2 + 4 * (2 * sizes[0] + 1 + sum(sizes))
     need = sum(episodes.values()) * config.steps * frame_bytes
     free = shutil.disk_usage(folder.parent).free
     require(folder.exists() or need < free,
@@ -1453,7 +1470,7 @@ def find_masks(config, videos, device, checkpoint=None):
     labels = truth
     if config.masks == "sam":
         predictor = load_sam(config.sam_model, config.sam_checkpoint, device)
-        if device.type == "cpu":  # 14 s each were measured on two cores
+        if torch.device(device).type == "cpu":  # 14 s each were measured on two cores
             print(f"{len(frames)} keyframes: vit_b takes ~{len(frames) * 14 // 60} minutes")
         found, scores = segment(predictor, frames, checkpoint=checkpoint)
         labels = np.uint8(255) * found[np.arange(len(found)), choose_masks(found, scores)]
@@ -1596,7 +1613,7 @@ def save_figure(figure, path):
 def picture(image: torch.Tensor) -> np.ndarray:
     """The first of (B, C, H, W) in [-0.5, 0.5] -> (H, W, C) u8."""
     pixels = (255 * (image[0].float().cpu() + 0.5)).clamp(0, 255)
-    return pixels.byte().permute(1, 2, 0).numpy()
+    return pixels.round().byte().permute(1, 2, 0).numpy()
 
 @torch.no_grad()
 def predict_one(windows, networks):

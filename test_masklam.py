@@ -72,8 +72,8 @@ def random_video(E=5, T=9, size=8, seed=0):
     return Video(frames=rng.integers(0, 256, (E, T, size, size, 3), np.uint8),
                  masks=rng.integers(0, 256, (E, T, size, size), np.uint8),
                  length=np.array([9, 2, 1, 5, 9])[:E], actions=normal(2), intended=normal(2),
-                 rewards=np.zeros((E, T), np.float32), states=normal(3), distractor=normal(4),
-                 demonstration=np.arange(E) % 2 == 0)
+                 expected=normal(2), rewards=np.zeros((E, T), np.float32), states=normal(3),
+                 distractor=normal(4), demonstration=np.arange(E) % 2 == 0)
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -90,6 +90,7 @@ def test_every_config_field_is_a_flag_documented_with_its_default(capsys):
         masklam.main(["--help"])
     assert done.value.code == 0
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines, at hyphens too
+    assert (Config().background_weight, Config().offset) == (0, 1)  # what makes it MaskLAM
     for f in fields(Config):
         shown = f"{f.metadata['help']} (default {f.default})"
         assert "--" + f.name.replace("_", "-") in text and "".join(shown.split()) in text, f.name
@@ -478,6 +479,56 @@ def test_background_velocity_follows_the_action_as_much_as_asked(rho):
     assert not np.allclose(other, backdrop.projection)
 
 
+def test_what_is_drawn_moves_as_positions_say():
+    """A sprite down and right, a texture up and left."""
+    still = np.zeros((masklam.Backdrop.D, 1)), np.zeros(1)
+    backdrop = masklam.Backdrop(np.random.default_rng(0), still)
+    sprite, backdrop.sprites, backdrop.position[:] = backdrop.sprites[0], [], 40
+    before = backdrop.draw()
+    backdrop.sprites = [sprite]
+    places = []
+    for _ in range(2):
+        places.append(np.argwhere((backdrop.draw() != before).any(-1)).min(0))
+        backdrop.position[2] += 3, 5
+    assert (places[1] - places[0] == (3, 5)).all()
+    backdrop.sprites, backdrop.horizon = [], 0
+    before = backdrop.draw()
+    backdrop.position[1] += 3, 5
+    assert (backdrop.draw()[:-3, :-5] == before[3:, 5:]).all()
+
+
+def test_levels_show_what_they_say():
+    seen = {}
+    for level in masklam.DISTRACTORS:
+        env = masklam.Distractors(gym.make("HalfCheetah-v5"), level)
+        env.reset(seed=3)
+        for _ in range(5):
+            frame, _, _, _, info = env.step(np.zeros(6))
+        seen[level] = frame, info["mask"]
+    (plain, mask), (low, same), (hard, other) = seen.values()
+    inside, outside = mask == 255, mask == 0
+    assert len(np.unique(plain[outside], axis=0)) == 1 < len(np.unique(low[outside], axis=0))
+    assert (same == mask).all() and (plain[inside] == low[inside]).all()
+    red, _, blue = plain[inside].mean(0)
+    assert red > 1.2 * blue  # the agent is warm
+    assert masklam.mask_iou(mask, other) < 0.9  # another view
+
+
+def test_a_background_does_not_drift_and_keeps_half_of_its_velocity():
+    rng = np.random.default_rng(0)
+    actions = rng.standard_normal((4000, 6)) * 0.5 + rng.uniform(-0.6, 0.6, 6)
+    for rho, follows in ((1.0, None), (0.0, 0.5)):
+        backdrop, velocities = masklam.Backdrop(rng, masklam.Backdrop.tie(actions, 5), rho), []
+        for action in actions:
+            backdrop.step(action)
+            velocities.append(backdrop.velocity)
+        v = np.stack(velocities)
+        assert abs(v.mean(0)).max() < 0.1 * backdrop.speed
+        if follows:
+            again = [np.corrcoef(a, b)[0, 1] for a, b in zip(v[1:].T, v[:-1].T)]
+            np.testing.assert_allclose(again, follows, atol=0.1)
+
+
 @pytest.fixture
 def pictures(tmp_path):
     """A folder of photographs, an animation and a folder of frames, as a video of DAVIS is."""
@@ -501,6 +552,15 @@ def test_every_split_shows_other_footage(pictures):
     assert shown == dict(training={"animation.gif", "frames"}, heldout={"photograph.jpg"},
                          decorrelated={"photograph.jpg"}, evaluate={"turned.PNG"})
     assert masklam.footage("", "training") == ()
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "RGBA", "L"])
+def test_pictures_keep_their_colours_however_they_are_stored(mode, tmp_path):
+    picture = Image.new("RGB", (30, 20), (204, 0, 0)).convert(mode)
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    picture.save(path)
+    shown, wanted = masklam.read_film(path, 16), picture.convert("RGB").getpixel((0, 0))
+    assert shown.shape == (1, 16, 16, 3) and abs(shown - np.array(wanted, int)).max() <= 5
 
 
 def test_footage_plays_forwards_and_backwards_from_any_frame(pictures):
@@ -573,22 +633,25 @@ def test_other_files_in_the_folder_are_recorded_anew(pictures):
 # -- video and windows ---------------------------------------------------------------------------
 
 
-def test_recorded_episodes_replay_exactly(tmp_path):
-    frames = masklam.record(TINY, tmp_path)
+@pytest.mark.parametrize("task, rtol", [("cheetah", 1e-6), ("humanoid", 1e-4)])
+def test_recorded_episodes_replay_exactly(task, rtol, tmp_path):
+    """The humanoid's actions reach 0.4, so that scaling them to 1 and back rounds."""
+    config = replace(TINY, task=task)
+    frames = masklam.record(config, tmp_path)
     video = Video.open(tmp_path / "heldout")
     assert frames == 8 * 12 and (video.length == 12).all()
     assert len(Video.open(tmp_path / "training").length) == 4
-    env = masklam.make_env(TINY)
-    frame, info = env.reset(seed=masklam.episode_seed(TINY, "heldout", 1))
+    env = masklam.make_env(config)
+    frame, info = env.reset(seed=masklam.episode_seed(config, "heldout", 1))
     for t in range(12):
         assert (video.frames[1, t] == frame).all() and (video.masks[1, t] == info["mask"]).all()
-        np.testing.assert_allclose(video.states[1, t], info["state"], rtol=1e-6)
+        np.testing.assert_allclose(video.states[1, t], info["state"], rtol, rtol)
         frame, reward, _, _, info = env.step(video.actions[1, t] * env.action_space.high)
         assert abs(masklam.moving_reward(reward, info) - video.rewards[1, t]) < 1e-4
         assert (info["distractor"] == video.distractor[1, t]).all()
     assert abs(video.actions).max() <= 1 and video.demonstration.tolist() == [True, False]
     modified = os.stat(tmp_path / "training" / "frames.npy").st_mtime_ns
-    assert masklam.record(TINY, tmp_path) == 0  # everything is there already
+    assert masklam.record(config, tmp_path) == 0  # everything is there already
     assert os.stat(tmp_path / "training" / "frames.npy").st_mtime_ns == modified
 
 
@@ -650,6 +713,30 @@ def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
     for state, intended in zip(video.states[0], video.intended[0]):
         expected = masklam.expert_action(expert, state, high)
         np.testing.assert_allclose(intended, expected, atol=1e-3)
+    # What is executed on average, by trying.
+    for i in (0, 1, 2, 3):
+        seed = masklam.episode_seed(TINY, "training", i)
+        tries = np.random.default_rng(i).standard_normal((20_000, 1, 1))
+        tries = video.intended[i, :5] + masklam.noise_scale(TINY, i, seed) * tries
+        np.testing.assert_allclose(video.expected[i, :5], tries.clip(-1, 1).mean(0), atol=0.03)
+
+
+@pytest.mark.parametrize("task", ["hopper", "swimmer"])
+def test_the_past_tells_nothing_of_the_noise(task):
+    """Not even what was intended does, at whose limits noise has one way to go."""
+    expert, high = masklam.load_expert(task), masklam.state_env(task).action_space.high
+
+    def explore(first, episodes):
+        known, noise = [], []
+        for seed in range(first, first + episodes):
+            states, actions, _ = masklam.state_rollout(task, expert, seed, 100, 1.2, go_on=True)
+            intended = [masklam.expert_action(expert, state, high) / high for state in states]
+            known.append(np.stack(intended))
+            noise.append(actions - masklam.expected_action(known[-1], 1.2))
+        return np.concatenate(known), np.concatenate(noise)
+
+    (x, y), (x_unseen, y_unseen) = explore(0, 30), explore(5000, 15)
+    assert masklam.nmse(masklam.ridge(x, y)(x_unseen), y_unseen).mean() > 0.98
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.6])
@@ -1079,7 +1166,8 @@ def test_lapo_and_masklam_differ_in_nothing_but_the_weight(offset, monkeypatch):
 @pytest.mark.parametrize("name, frames", [("past-only", 3), ("supervised-idm", 6)])
 def test_a_reference_regresses_true_actions_on_the_frames_it_may_see(name, frames, monkeypatch):
     config, windows = replace(TINY, frame_size=32), tiny_windows()
-    networks, loss, _, lr = handed_to_train(monkeypatch, config, windows, name)
+    networks, loss, updates, lr = handed_to_train(monkeypatch, config, windows, name)
+    assert updates == config.lam_updates // 2
     drawn, seen = [], windows.seen
     monkeypatch.setattr(windows, "seen", lambda *given: drawn.append(given[0]) or seen(*given))
     got = loss(3)
@@ -1100,6 +1188,11 @@ def test_methods_learn_from_video_that_is_known_by_frames_and_masks_alone():
         a, _ = masklam.train_lam(config, Windows(video), method)
         b, _ = masklam.train_lam(config, Windows(own), method)
         assert torch.equal(weights(a), weights(b))
+    windows = Windows(own)
+    targets = masklam.latent_targets(b["idm"], windows)  # all episodes are to be cloned
+    assert len(targets) == len(windows) and (targets.std(0) > 0.5).all()
+    policy = masklam.clone(replace(config, policy_updates=2), windows, targets, "own")
+    assert masklam.latents(policy, windows, np.arange(3)).shape == (3, config.latent_dim)
 
 
 def test_laom_labels_sees_no_other_label():
@@ -1114,6 +1207,80 @@ def test_laom_labels_sees_no_other_label():
         learnt.append(weights(networks))
     assert learnt[1].isfinite().all() and torch.equal(learnt[0], learnt[1])
     assert not torch.equal(learnt[0], learnt[2])
+
+
+def test_another_seed_gives_other_networks_and_batches(monkeypatch):
+    windows, drawn = tiny_windows(), []
+    batch = windows.batch
+    monkeypatch.setattr(windows, "batch", lambda *given: drawn.append(given[0]) or batch(*given))
+    got = [handed_to_train(monkeypatch, replace(TINY, frame_size=32, seed=s), windows, "masklam")
+           for s in (0, 1)]
+    assert not torch.equal(*(weights(networks) for networks, *_ in got))
+    for _, loss, *_ in got:
+        loss(0)
+    assert not np.array_equal(*drawn)
+
+
+def test_offsets_are_drawn_from_one_to_k(monkeypatch):
+    windows, drawn = tiny_windows(), []
+    batch = windows.batch
+    monkeypatch.setattr(windows, "batch", lambda *given: drawn.extend(given[1]) or batch(*given))
+    config = replace(TINY, frame_size=32, offset=4)
+    _, loss, _, _ = handed_to_train(monkeypatch, config, windows, "masklam")
+    for step in range(10):
+        loss(step)
+    assert (np.bincount(drawn, minlength=5)[1:] > 5).all() and len(set(drawn)) == 4
+
+
+def test_gradients_are_clipped_and_averaged_as_adamw_does():
+    network = torch.nn.Linear(1, 1, bias=False)
+    weight, m, v = float(network.weight.detach()), 0.0, 0.0
+    slopes = [5.0, 0.5, -3.0, 0.1] * 5
+    masklam.train(network, lambda step: slopes[step] * network.weight.sum(), 20, 0.1, "x")
+    for step, slope in enumerate(slopes):
+        slope = np.clip(slope, -1, 1)
+        lr = 0.1 * min(1, (step + 1) / 2) * (1 + np.cos(np.pi * step / 20)) / 2
+        m, v = 0.9 * m + 0.1 * slope, 0.99 * v + 0.01 * slope**2
+        mean, square = m / (1 - 0.9**(step + 1)), v / (1 - 0.99**(step + 1))
+        weight -= lr * (0.01 * weight + mean / np.sqrt(square))
+    assert float(network.weight.detach()) == pytest.approx(weight, rel=1e-4)
+
+
+def test_a_patch_fdm_predicts_the_change_since_the_last_frame():
+    fdm = masklam.make_networks(Config(), "masklam")["fdm"]
+    torch.nn.init.zeros_(fdm.unet.last.weight), torch.nn.init.zeros_(fdm.unet.last.bias)
+    obs = torch.randint(0, 256, (1, 3, 64, 64, 3), dtype=torch.uint8)
+    assert torch.equal(fdm(obs, torch.zeros(1, 64)), masklam.to_float(obs[:, 2:]))
+
+
+def test_both_fdms_use_the_latent():
+    obs = torch.randint(0, 256, (1, 3, 32, 32, 3), dtype=torch.uint8)
+    for patch in (1, 4):
+        config = replace(SMOKE, frame_size=32, patch=patch, blocks=patch % 4)
+        fdm = masklam.make_networks(config, "masklam")["fdm"]
+        assert not torch.equal(fdm(obs, torch.zeros(1, 64)), fdm(obs, torch.ones(1, 64)))
+
+
+def test_laom_predicts_a_slow_embedding_of_the_next_stack(monkeypatch):
+    monkeypatch.setattr(masklam, "augment", lambda stacks, step: stacks)
+    monkeypatch.setattr(masklam, "autocast", lambda _: contextlib.nullcontext())
+    config, windows = replace(TINY, frame_size=32, offset=3), tiny_windows()
+    networks, loss, _, _ = handed_to_train(monkeypatch, config, windows, "laom")
+    idm, target = networks["idm"], networks["target"]
+    with torch.no_grad():
+        [fast.add_(0.01) for fast in idm.encoder.parameters()]
+    before, drawn, index = weights(target), [], windows.index
+    monkeypatch.setattr(windows, "index", lambda *given: drawn.append(given) or index(*given))
+    got = loss(0)
+    torch.testing.assert_close(weights(target) - before, torch.full_like(before, 1e-5),
+                               rtol=0.1, atol=1e-7)
+    (chosen, k), = drawn
+    e, t = windows.e[chosen], windows.t[chosen]
+    following = np.stack([windows.video.frames[e, (t + d).clip(0)] for d in (-1, 0, 1)], 1)
+    stacks = windows.batch(chosen, k)[0]
+    inputs = torch.cat([idm.encoder(stacks[:, :3]), idm(stacks)], 1)
+    expected = F.mse_loss(networks["fdm"](inputs), target(torch.from_numpy(following)))
+    torch.testing.assert_close(got, expected)
 
 
 class Killed(Exception):
@@ -1136,14 +1303,15 @@ def killed_at(windows, batches):
 
 @pytest.mark.parametrize("method, batches", [("masklam", 1), ("masklam", 11), ("laom", 7)])
 def test_resumed_training_equals_uninterrupted(method, batches, tmp_path, monkeypatch):
-    config, path = replace(TINY, frame_size=32), tmp_path / "checkpoint"
+    config = replace(TINY, frame_size=32, lam_updates=2 * TINY.lam_updates)
+    path = tmp_path / "checkpoint"
     whole, history = masklam.train_lam(config, tiny_windows(), method)
     clock = iter(range(0, 10**6, 40))  # every step is half a minute later: saves each time
     monkeypatch.setattr(masklam.time, "monotonic", lambda: next(clock))
     with pytest.raises(Killed):
         masklam.train_lam(config, killed_at(tiny_windows(), batches), method, checkpoint=path)
     assert path.exists()
-    rest = killed_at(tiny_windows(), TINY.lam_updates - batches)  # and not a batch more
+    rest = killed_at(tiny_windows(), config.lam_updates - batches)  # and not a batch more
     resumed, again = masklam.train_lam(config, rest, method, checkpoint=path)
     assert torch.equal(weights(whole), weights(resumed))
     assert [row[:2] for row in history] == [row[:2] for row in again] and len(history) >= 10
@@ -1185,8 +1353,8 @@ def test_a_scarce_latent_goes_to_the_agent_with_the_mask_and_to_the_background_w
     masks = np.zeros((E, T, size, size), np.uint8)
     masks[:, :, :4] = 255
     blank = np.zeros((E, T), np.float32)
-    video = Video(shown[..., None].repeat(3, -1), masks, np.full(E, T), actions, 0 * actions, blank,
-                  blank[..., None], distractor, blank[:, 0] == 0)
+    video = Video(shown[..., None].repeat(3, -1), masks, np.full(E, T), actions, 0 * actions,
+                  0 * actions, blank, blank[..., None], distractor, blank[:, 0] == 0)
     parts = slice(0, 40), slice(40, 50), slice(50, 60)
     windows = [Windows(Video(*(getattr(video, f.name)[part] for f in fields(Video))))
                for part in parts]
@@ -1236,15 +1404,48 @@ def test_probe_reads_linear_latents_and_nothing_from_noise():
 
 
 def test_the_next_background_is_the_mean_of_what_is_not_agent():
-    windows = Windows(random_video())
+    video = random_video()
+    video.masks[::2] //= 10  # nothing of which is agent
+    windows = Windows(video)
     chosen = np.arange(len(windows))
     got = masklam.next_background(windows, chosen).reshape(-1, 3, 4, 4)
     for i in (0, 3, len(windows) - 1):
         e, t = windows.e[i], windows.t[i] + 1
         frame, mask = (x[e, t, 2:4, 4:6] for x in (windows.video.frames, windows.video.masks))
-        weight = 255 - mask
-        expected = np.average(frame.reshape(4, 3), axis=0, weights=weight.reshape(4))
+        behind = mask < 26  # a tenth of agent, at most
+        expected = frame[behind].mean(0) if behind.any() else np.zeros(3)
         np.testing.assert_allclose(got[i, :, 1, 2], expected, rtol=1e-5)
+
+
+def test_a_background_of_one_colour_knows_nothing_of_the_pose(tmp_path):
+    masklam.record(replace(TINY, distractor="none", frame_size=64), tmp_path)
+    windows = Windows(Video.open(tmp_path / "training"))
+    assert masklam.next_background(windows, np.arange(len(windows))).var(0).max() < 1e-3
+
+
+def test_a_probe_is_read_where_it_was_not_fitted():
+    windows = [Windows(replace(random_video(12, 30, 8, seed), length=np.full(12, 30)))
+               for seed in (1, 2, 3)]
+    rng, sizes = np.random.default_rng(0), []
+
+    def chance(_, chosen):
+        sizes.append(len(chosen))
+        return rng.standard_normal((len(chosen), 100))
+
+    got = masklam.probe(chance, *windows, 200)
+    assert sizes == [200, 348, 348]
+    assert min(got["probe_nmse"], got["probe_nmse_noise"], got["probe_nmse_decorrelated"]) > 1.2
+    assert got["leakage_r2"] < -0.2
+    got = masklam.probe(lambda w, chosen: w.actions(chosen) * (w is not windows[2]), *windows)
+    assert got["probe_nmse"] < 1e-6 and got["probe_nmse_decorrelated"] == pytest.approx(1, abs=0.1)
+
+
+def test_noise_is_what_was_done_less_what_was_to_be_expected():
+    video = random_video()
+    windows = Windows(video)
+    e, t = windows.e[9:], windows.t[9:]
+    np.testing.assert_array_equal(windows.noise(np.arange(9, len(windows))),
+                                  video.actions[e, t] - video.expected[e, t])
 
 
 def test_what_cannot_be_probed_is_named():
@@ -1367,9 +1568,39 @@ def test_the_oracle_and_cloning_learn_from_demonstrations_alone():
     assert not torch.equal(learn(rows[:200], 0.0), expected)
 
 
+def test_the_decoder_learns_each_label_from_both_latents(monkeypatch):
+    windows, config, got = painted_windows(), replace(PAINTED, latent_dim=2), []
+    targets = masklam.latent_targets(PaintedIDM(), windows)
+    policy = masklam.make_policy(config, 2).eval()
+    labelled = masklam.labelled_windows(config, windows)
+    monkeypatch.setattr(masklam, "regress_few", lambda _, network, inputs, actions, rows, **how:
+                        got.append((inputs(rows).numpy(), actions[rows])))
+    masklam.decode(config, policy, windows, targets, labelled, "x")
+    (z, actions), = got
+    np.testing.assert_allclose(z[::2], masklam.latents(policy, windows, labelled), rtol=1e-5)
+    np.testing.assert_array_equal(z[1::2], targets[labelled])
+    for each in (actions[::2], actions[1::2]):
+        np.testing.assert_array_equal(each, windows.actions(labelled))
+
+
+def test_few_labels_are_all_learnt_in_the_end(monkeypatch):
+    calls = []
+
+    def regress(config, network, inputs, targets, rows, held=None, stop=None, **_):
+        calls.append((rows.tolist(), held, stop))
+        return [(10, 1.0, 0.5), (20, 0.5, 0.2), (30, 0.1, 0.3)]
+
+    monkeypatch.setattr(masklam, "regress", regress)
+    masklam.regress_few(TINY, torch.nn.Linear(1, 1), None, None, np.arange(20), text="x", lr=1)
+    (first, held, none), (rows, no, stop) = calls
+    assert first == list(range(16)) and held.tolist() == [16, 17, 18, 19] and none is None
+    assert rows == list(range(20)) and no is None and stop == 20
+
+
 def test_few_labels_are_learnt_from_no_longer_than_serves_the_unseen():
     """Targets without any relation to the inputs: the sooner it stops, the better."""
     rng = np.random.default_rng(0)
+    torch.manual_seed(0)
     inputs = torch.randn(100, 8)
     targets = rng.standard_normal((100, 2)).astype(np.float32)
     network = torch.nn.Sequential(torch.nn.Linear(8, 256), torch.nn.ReLU(),
@@ -1443,7 +1674,7 @@ class Replay(torch.nn.Module):
         return self.actions[:, self.t - 1]
 
 
-@pytest.mark.parametrize("task", ["cheetah", "swimmer", "walker"])
+@pytest.mark.parametrize("task", ["cheetah", "swimmer", "walker", "humanoid"])
 def test_a_policy_that_replays_the_experts_actions_earns_what_the_expert_earns(task):
     config = replace(SMOKE, task=task, eval_episodes=3, eval_steps=20)  # more would be chaotic
     expert = masklam.load_expert(task)
@@ -1999,12 +2230,48 @@ def test_a_finished_run_gives_its_memory_back(smoke):
     assert gone() is None
 
 
+def test_seeds_are_run_each_in_its_folder_and_summarised(smoke, tmp_path):
+    assert masklam.main([*FLAGS, "--seeds", "2", "--out", str(tmp_path)]) == 0
+    results = [json.loads((tmp_path / f"cheetah-smoke-low-{seed}" / "results.json").read_text())
+               for seed in (0, 1)]
+    assert [r["seed"] for r in results] == [0, 1]
+    assert results[0]["methods"] == smoke[2]["methods"] != results[1]["methods"]
+    summary = json.loads((tmp_path / "cheetah-smoke-low-summary.json").read_text())
+    values = [r["methods"]["masklam"]["probe_nmse"] for r in results]
+    assert summary["methods"]["masklam"]["probe_nmse"]["mean"] == pytest.approx(np.mean(values))
+
+
+def test_a_sweep_of_labels_ends_with_returns(smoke, monkeypatch):
+    folder, _, results = smoke
+    monkeypatch.setitem(masklam.SWEEPS, "labels", [dict(labels=80)])  # and all 156
+    assert masklam.main([*FLAGS, "--out", str(folder.parent), "--sweep", "labels"]) == 0
+    with open(folder / "sweep-labels.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["point"], row["method"]) for row in rows] == [
+        (n, name) for n in ("80", "156") for name in ("lapo", "masklam", "labels-only")]
+    for row in rows[:3]:
+        for key in ("normalized_return", "action_nmse"):
+            assert float(row[key]) == results["methods"][row["method"]][key]
+
+
+def test_errors_of_actions_are_taken_on_held_out_episodes(smoke):
+    folder, _, results = smoke
+    config = replace(masklam.parse(FLAGS)[0], masks="simulator")
+    run = masklam.Run(config, folder, torch.device("cpu"))
+    policy, _ = run.decode("masklam")
+    training, heldout = (masklam.action_nmse(policy, windows) for windows in run.windows[:2])
+    assert results["methods"]["masklam"]["action_nmse"] == pytest.approx(heldout, rel=1e-3)
+    assert abs(training - heldout) > 1e-3
+
+
 def test_degraded_masks_leave_lapos_numbers_alone(smoke):
     folder, _, before = smoke
     flags = [*FLAGS, "--out", str(folder.parent), "--dilate", "1", "--occlude", "0.2"]
     cached = set((folder / "cache").glob("*.pt"))
     assert masklam.main(flags) == 0
     results = json.loads((folder / "results.json").read_text())
+    for key in ("probe_nmse", "probe_nmse_noise"):  # but masklam's are others
+        assert results["methods"]["masklam"][key] != before["methods"]["masklam"][key]
     assert all(0.1 < iou < 0.8 for iou in results["mask_iou"].values())
     assert set(results["mask_iou"]) == {"training", "heldout", "decorrelated"}
     touched = {p.name.split("-")[0] for p in set((folder / "cache").glob("*.pt")) - cached}
