@@ -56,6 +56,8 @@ from concurrent import futures
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+SOURCE = Path(__file__).read_text("utf-8")  # read now: what is edited later is not what runs
+
 import gymnasium as gym
 import imageio.v3 as imageio  # comes with gymnasium[mujoco]
 import mujoco
@@ -144,7 +146,7 @@ PAPER = dict(latent_dim=128, offset=10, patch=1, idm_widths=(64, 128, 128),
              policy_lr=4e-4, keyframes=512)  # the authors' networks
 PRESETS = {
     "smoke": dict(episodes=8, heldout_episodes=4, steps=40, lam_updates=30, policy_updates=20,
-                  decoder_updates=50, labels=80, eval_episodes=2, eval_steps=40, batch_size=32),
+                  decoder_updates=50, labels=80, eval_episodes=2, eval_steps=80, batch_size=32),
     "notebook": dict(episodes=120, heldout_episodes=20, steps=60, lam_updates=400, labels=100,
                      policy_updates=400, decoder_updates=300, eval_episodes=4, eval_steps=200),
     "laptop": {},  # Config's defaults
@@ -246,7 +248,10 @@ class Video:
     @classmethod
     def open(cls, folder, mode="c"):
         """Map the arrays of a folder; writes stay in memory unless mode is "r+"."""
-        return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
+        try:
+            return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{folder} is damaged ({error}); pass --fresh") from error
 
     @classmethod
     def create(cls, folder, E, T, size, A, S, D):
@@ -260,9 +265,10 @@ class Video:
         for name, shape in shapes.items():
             episode = np.zeros(shape, kinds.get(name, np.float32))
             header = np.lib.format.header_data_from_array_1_0(episode) | dict(shape=(E, *shape))
-            with open(folder / f"{name}.npy", "wb") as file:
+            with open(folder / f"{name}.tmp", "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 file.writelines([episode.tobytes()] * E)
+            os.replace(folder / f"{name}.tmp", folder / f"{name}.npy")
 
     @property
     def valid(self) -> np.ndarray:
@@ -1313,24 +1319,33 @@ def record_episode(config, folder, index, seed) -> int:
     video.length[index] = t + 1
     return t + 1
 
+def data_sizes(config):
+    """-> A, S and D of what will be recorded."""
+    env = state_env(config.task)
+    return (env.action_space.shape[0], env.observation_space.shape[0],
+            backdrop(config.backgrounds).D)
+
+def check_room(config, folder, spare=0):
+    """UserError where a folder's disk has no room for a recording and masks of its own, not even
+    with `spare` bytes more."""
+    A, S, D = data_sizes(config)
+    frames = (config.episodes + 2 * config.heldout_episodes) * config.steps
+    need = frames * (5 * config.frame_size**2 + 4 * (3 * A + S + D + 1))
+    free = shutil.disk_usage(folder).free + spare
+    require(need < free, f"a recording of {need / 1e9:.1f} GB does not fit into {folder}, "
+            f"which has {free / 1e9:.1f}: fewer --episodes or --steps")
+
 def record(config, folder, pmap=itertools.starmap):
     """Record three videos, going on where an earlier call was stopped; -> frames recorded.
 
     folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
     heldout whose background no longer follows the action (rho = 0). pmap: `starmap`, or one
     that works in parallel. UserError where the disk has no room, or the simulation goes astray."""
-    env = state_env(config.task)
-    sizes = (env.action_space.shape[0], env.observation_space.shape[0],
-             backdrop(config.backgrounds).D)
+    if not folder.exists():
+        check_room(config, folder.parent)
+    sizes = data_sizes(config)
     episodes = dict(training=config.episodes, heldout=config.heldout_episodes,
                     decorrelated=config.heldout_episodes)
-    frame_bytes = 4 * config.frame_size**2 + 4 * (2 * sizes[0] + 1 + sum(sizes))
-    need = sum(episodes.values()) * config.steps * frame_bytes
-    free = shutil.disk_usage(folder.parent).free
-    require(folder.exists() or need < free,
-            f"a recording of {need / 1e9:.1f} GB does not fit into {folder.parent}, "
-            f"which has {free / 1e9:.1f}: fewer --episodes or --steps")
-
     jobs = []
     for split, E in episodes.items():
         rho = 0.0 if split == "decorrelated" else config.correlation
@@ -1338,7 +1353,7 @@ def record(config, folder, pmap=itertools.starmap):
             try:
                 Video.create(folder / split, E, config.steps, config.frame_size, *sizes)
             except OSError:
-                shutil.rmtree(folder)
+                shutil.rmtree(folder, ignore_errors=True)
                 raise
         for i in np.flatnonzero(Video.open(folder / split).length == 0).tolist():
             seed = episode_seed(config, split, i)
@@ -1709,14 +1724,15 @@ def summarize(results: list[dict]) -> dict:
 @functools.cache
 def source_text(stage: str) -> str:
     """The source of the sections whose banner names this stage or an earlier one."""
-    text = Path(__file__).read_text()
-    sections = re.findall(r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )", text, re.MULTILINE)
+    banner = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )"
+    sections = re.findall(banner, SOURCE, re.MULTILINE)
     return "".join(body for name, body in sections if STAGES.index(name) <= STAGES.index(stage))
 
 @functools.cache
 def file_stamps(path: str) -> list:
     """(path, size, time of the last change) of a file, or of all files in a folder."""
-    files = [p for p in sorted((Path(path), *Path(path).rglob("*"))) if p.is_file()]
+    root = Path(path)  # rglob would not look into links to folders
+    files = [p for p in sorted((root, *root.glob("*"), *root.glob("*/*"))) if p.is_file()]
     return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 def cache_key(config, stage, name) -> str:
@@ -1740,10 +1756,11 @@ def start_worker():
 
 @contextlib.contextmanager
 def worker_pool():
-    """One single-thread process a core; none outlives the block."""
+    """One single-thread process a core, up to 16, as each takes .6 GB; none outlives the block."""
     context = multiprocessing.get_context("spawn")  # fork does not mix with threads
     others = multiprocessing.active_children()
-    with futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker) as pool:
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    with futures.ProcessPoolExecutor(min(len(cores), 16), context, start_worker) as pool:
         try:
             yield pool
         except BaseException as error:
@@ -1764,6 +1781,9 @@ def map_in(pool, function, jobs):
         handed_over = list(thread.map(lambda job: pool.submit(function, *job), jobs))
     for future in handed_over:
         yield future.result()
+
+def undegraded(config):
+    return replace(config, erode=0, dilate=0, shift=0, occlude=0.0, mask_input=False)
 
 class Run:
     """One seed's folder: its cache, its clock and its results. A stage is a method that computes a
@@ -1789,7 +1809,7 @@ class Run:
             payload = compute(partial)
             seconds = time.monotonic() - start
             save_torch(path, (payload, seconds))
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         self.seconds[stage][name] = seconds
         if fresh is None:
             return payload
@@ -1803,6 +1823,8 @@ class Run:
         pmap = functools.partial(map_in, self.pool) if self.pool else itertools.starmap
 
         def compute(_):
+            for path in footage(self.config.backgrounds, "evaluate"):  # now, not when all is done
+                read_film(path, self.config.frame_size)
             return record(self.config, folder, pmap), checksums(folder)
 
         self.frames, known = self.cached("record", "video", compute)
@@ -1812,24 +1834,26 @@ class Run:
     @functools.cached_property
     def masks(self):
         """-> (student or None, {video's name: masks}, {video's name: IoU with the simulator's})."""
-        config, videos = self.config, self.videos
-        clean = replace(config, erode=0, dilate=0, shift=0, occlude=0.0, mask_input=False)
+        config, videos, clean = self.config, self.videos, undegraded(self.config)
         folder = self.path("mask", "masks").with_suffix("")
 
         def compute(partial):
+            folder.mkdir(exist_ok=True)
             if config != clean:  # found once, however they are used
                 student, masks, iou = Run(clean, self.folder, self.device, self.pool).masks
             else:
                 student, masks, iou, keyframes = find_masks(config, videos, self.device, partial)
                 if keyframes:
-                    plot_masks(*keyframes, self.folder / "masks.png")
-            folder.mkdir(exist_ok=True)
+                    plot_masks(*keyframes, folder / "masks.png")
             for name, video in videos.items():
                 worse = np.stack([degrade(config, episode, generator(config.seed, name, i))
                                   for i, episode in enumerate(masks[name])])
                 check_masks(worse, name)
                 iou[name] = mask_iou(worse, video.masks, video.valid)
-                np.save(folder / f"{name}.npy", worse)
+                header = np.lib.format.header_data_from_array_1_0(worse)
+                with written_whole(folder / f"{name}.npy") as part, open(part, "wb") as file:
+                    np.lib.format.write_array_header_1_0(file, header)  # np.save tells no reason
+                    file.write(worse)
             return student and student.state_dict(), iou, checksums(folder)
 
         state, iou, known = self.cached("mask", "masks", compute)
@@ -1923,10 +1947,16 @@ class Run:
         returns, film, error = self.cached("evaluate", name, compute)
         return returns.numpy(), None if film is None else film.numpy(), error
 
+    def scale(self):
+        """-> mean returns of random actions and of the expert; UserError unless that is better."""
+        chance, expert = (self.evaluate(name)[0].mean() for name in ("random", "expert"))
+        normalized(0, chance, expert)
+        return chance, expert
+
     def returns(self, name) -> dict:
         """The numbers of a policy's evaluation."""
         returns, _, error = self.evaluate(name)
-        expert, chance = (self.evaluate(end)[0].mean() for end in ("expert", "random"))
+        chance, expert = self.scale()
         return dict(return_mean=float(returns.mean()), return_std=float(returns.std()),
                     return_n=len(returns), action_nmse=error, labels=self.decode(name)[1],
                     normalized_return=float(normalized(returns.mean(), chance, expert)))
@@ -1943,6 +1973,13 @@ class Run:
         """Every stage up to and including `until`; -> results.json's content if that is report."""
         stages = STAGES[:STAGES.index(until) + 1]
         _ = self.masks if "mask" in stages else self.videos
+        if "evaluate" in stages:
+            self.scale()  # now, not when all is done
+        run = Run(undegraded(self.config), self.folder, self.device)
+        drawn, shown = run.path("mask", "masks").with_suffix("") / "masks.png", "masks.png"
+        (self.folder / shown).unlink(missing_ok=True)  # another setting's
+        if drawn.exists():
+            shutil.copy(drawn, self.folder / shown)
         for stage, names in self.plan().items():
             if stage not in stages:
                 break
@@ -1973,8 +2010,7 @@ class Run:
             | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.masks[2],
             seconds={stage: round(sum(spent.values()), 1) for stage, spent in self.seconds.items()},
             rates=self.rates(), noise_share=float(share.mean()), methods=rows)
-        for name in ("expert", "random"):
-            results[f"{name}_return"] = float(self.evaluate(name)[0].mean())
+        results["random_return"], results["expert_return"] = map(float, self.scale())
 
         predictions = {name: predict_one(heldout, self.lam(name)) for name in config.methods
                        if name not in LAOMS}
@@ -2040,6 +2076,8 @@ def run_sweep(config, name, folder, device, pool):
         words = [str(value) if label else f"{key} {value}" for key, value in changes.items()]
         point = ", ".join(words) or "as it is"
         _, _, iou = run.masks  # recorded here, or every worker would
+        if acts:
+            run.scale()
         runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
     for stage in stages:
         compute_missing([(run, stage, result) for _, run in runs for result in run.plan()[stage]
@@ -2085,8 +2123,9 @@ def check_config(config: Config, given):
     for name in given:
         require(not useless.get(name),
                 f"{flag(name)} has no effect with the other settings; leave it out")
-    require(config.demonstration_noise or config.exploration_noise, "--demonstration-noise and "
-            "--exploration-noise are 0; the probe of the noise needs one of them")
+    noise = max(config.demonstration_noise, config.exploration_noise)
+    require(noise >= 1e-3, "--demonstration-noise and --exploration-noise are below 0.001; the "
+            "probe of the noise needs one of them")
 
     frames, most = config.episodes * config.steps, demonstrated(config)
     for name, widths in (("idm_widths", config.idm_widths), ("fdm_widths", config.fdm_widths)):
@@ -2100,13 +2139,14 @@ def check_config(config: Config, given):
     allow(config.labels <= most, "labels",
           f"10 to {most}, all transitions of demonstrations (half of --episodes, and --steps)")
 
-def check_task(config, train_expert):
+def check_task(config, points, train_expert):
     """UserError unless the task is an environment and, to be recorded, has an expert, an agent that
     the masks would show, pictures that can be read behind it, and SAM's checkpoint is at hand."""
     try:
         env = Distractors(state_env(config.task), "none", camera=get_task(config.task).camera,
                           size=config.frame_size)
-    except (gym.error.Error, ImportError, AttributeError, IndexError) as error:
+    except (gym.error.Error, ImportError, AttributeError, IndexError, ValueError,
+            TypeError) as error:
         raise UserError(f"--task is {config.task!r}; allowed: {', '.join(TASKS)}, or the id of one "
                         f"of Gymnasium's MuJoCo environments ({first_line(error)})") from error
     if train_expert:
@@ -2116,7 +2156,9 @@ def check_task(config, train_expert):
     for path in [path for split in SPLITS for path in footage(config.backgrounds, split)]:
         read_film(path, 8, limit=1)
     _, info = env.reset(seed=0)
-    check_masks(degrade(config, info["mask"][None], generator(0, "check")), "a first")
+    for point in points:
+        mask = degrade(replace(config, **point), info["mask"][None], generator(0, "check"))
+        check_masks(mask, f"a first {point or ''}")
     if config.masks == "sam":
         load_sam(config.sam_model, config.sam_checkpoint, "cpu")
 
@@ -2152,9 +2194,10 @@ def parse(argv):
              if hasattr(Config, k)}
     config = Config(**PRESETS[options.preset] | given)
     if config.masks == "auto":
-        found = config.sam_checkpoint or sam_path(config.sam_model).exists()
+        found = config.sam_checkpoint or os.path.exists(sam_path(config.sam_model))
         config = replace(config, masks="sam" if found else "simulator")
-    for point in sweep_points(config, options.sweep) if options.sweep else [{}]:
+    points = sweep_points(config, options.sweep) if options.sweep else [{}]
+    for point in points:
         for name in point:
             require(name not in given, f"{flag(name)} is what --sweep {options.sweep} changes")
         check_config(replace(config, **point), given | point)
@@ -2163,7 +2206,7 @@ def parse(argv):
     if options.train_expert:
         useless = sorted(set(vars(options)) & {*vars(config), "seeds"} - {"task", "seed"})
         require(not useless, f"{' '.join(map(flag, useless))} has no effect with --train-expert")
-    check_task(config, options.train_expert)
+    check_task(config, points, options.train_expert)
     return config, options
 
 @contextlib.contextmanager
@@ -2175,10 +2218,12 @@ def own_folder(folder, config, fresh):
     try:
         with FileLock(folder / "lock", timeout=0):
             if fresh:
-                shutil.rmtree(cache)
+                files = [p for p in cache.rglob("*") if p.is_file()]
+                check_room(config, cache, sum(p.stat().st_size for p in files))
+                cache.rename(folder / "cache.tmp")
                 cache.mkdir()
-            for left in folder.rglob("*.tmp"):  # of killed runs
-                left.unlink()
+            for left in [*folder.rglob("*.tmp")]:  # of killed runs
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
             save_json(cache / "config.json", asdict(config))
             yield
     except Timeout:
@@ -2226,7 +2271,7 @@ def main(argv=None):
         else:
             with worker_pool() as pool:
                 run_seeds(config, options, pool)
-        sys.stdout.flush()
+        print(end="", flush=True)  # where nobody reads, at once
         return 0
     except KeyboardInterrupt:
         print("\nmasklam: stopped; a run goes on from here, with the same flags but --fresh",
@@ -2289,7 +2334,8 @@ def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, p
             count, sums = count + len(states), sums + states.sum(0)
             squares = squares + np.square(states).sum(0)
             mean = sums / count
-            std = np.sqrt(np.maximum(squares / count - mean**2, 1e-8))
+            variance = squares / count - mean**2
+            std = np.where(variance > 1e-8, np.sqrt(abs(variance)), np.inf)  # or it never changes
             bar.update(len(states))
             if iteration % 20 == 0 or count >= budget:
                 literal = to_literal(fold_whitening(weights, mean, std))

@@ -1911,7 +1911,7 @@ def test_an_edit_of_a_section_changes_the_keys_of_its_stage_and_later_ones(monke
     for banner, (title, stage) in zip(banners, SECTIONS.items()):
         edited = source.replace(banner, banner + "EDITED = True\n")
         with monkeypatch.context() as patch:
-            patch.setattr(masklam.Path, "read_text", lambda *_, **__: edited)
+            patch.setattr(masklam, "SOURCE", edited)
             masklam.source_text.cache_clear()
             after = cache_keys()
         masklam.source_text.cache_clear()
@@ -1960,7 +1960,8 @@ WRONG = {
     "--demonstration-noise nan": "--demonstration-noise is nan",
     "--exploration-noise 9.1": "--exploration-noise is 9.1",
     "--exploration-noise=-inf": "--exploration-noise is -inf",
-    "--exploration-noise 0 --demonstration-noise 0": "noise",
+    "--exploration-noise 0 --demonstration-noise 0": "below 0.001",
+    "--exploration-noise 1e-7 --demonstration-noise 0": "below 0.001",
     "--frame-size 15": "--frame-size is 15; allowed: 16 to 512",
     "--frame-size 513": "--frame-size is 513",
     "--frame-size 50": "--frame-size is 50; allowed: multiples of 8",
@@ -2016,6 +2017,7 @@ WRONG = {
     "--task MountainCarContinuous-v0": "--task is 'MountainCarContinuous-v0'",
     "--task HalfCheetah-v3": "--task is 'HalfCheetah-v3'",
     "--task nosuchmodule:Foo-v0": "--task is 'nosuchmodule:Foo-v0'",
+    "--task :x": "--task is ':x'", "--task .x:Foo-v0": "--task is '.x:Foo-v0'",
     "--train-expert --task dog": "--task is 'dog'", "--train-expert --task ''": "--task is ''",
     "--train-expert --task CartPole-v1": "--task is 'CartPole-v1'",
     "--task Reacher-v5": "--task Reacher-v5 has no expert: search one with --train-expert",
@@ -2053,6 +2055,7 @@ WRONG = {
     "--sweep masks --mask-input": "--mask-input is what --sweep masks changes",
     "--sweep correlation --distractor none": "--correlation has no effect",
     "--sweep weight --methods lapo": "--background-weight has no effect",
+    "--sweep masks --frame-size 32": "{'erode': 1} video are empty",
     "--sweep masks --methods lapo": "--background-weight has no effect",
     # SAM
     "--sam-checkpoint {tmp}/missing.pth": "missing.pth is no checkpoint of vit_b",
@@ -2070,6 +2073,16 @@ WRONG = {
 def test_every_flag_of_config_is_among_the_wrong_input():
     flags = {word.split("=")[0] for line in WRONG for word in shlex.split(line)}
     assert {"--" + f.name.replace("_", "-") for f in fields(Config)} <= flags and len(WRONG) >= 60
+
+
+def test_a_home_that_may_not_be_searched_stops_no_run(monkeypatch):
+    def stat(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", stat)
+        config, _ = masklam.parse(["--preset", "smoke"])
+    assert config.masks == "simulator"
 
 
 def test_a_sweep_of_labels_asks_for_no_more_than_there_are():
@@ -2174,9 +2187,9 @@ def masklam_lines(text):
 
 
 def snapshot(folder):
-    """{file: size and time of its last change}, the lock and the config's copy aside."""
+    """{file: size and time of its last change}, but of what every run makes anew."""
     return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")
-            if p.is_file() and p.name not in ("lock", "config.json")}
+            if p.is_file() and p.name not in ("lock", "config.json", "masks.png")}
 
 
 def test_smoke_run_prints_the_table_and_writes_every_file(smoke):
@@ -2378,10 +2391,113 @@ def test_a_closed_pipe_ends_a_run_quietly(flags, copied):
     assert done.returncode == 0 and "roken" not in done.stderr and "Trace" not in done.stderr
 
 
-@pytest.mark.parametrize("stage, limit", [("record", 500_000), ("lam", 5_000_000)])
+def test_fresh_empties_nothing_for_a_recording_that_would_not_fit(copied, capsys):
+    before = snapshot(copied.parent)
+    flags = [*FLAGS, "--fresh", "--episodes", "200000", "--steps", "1000"]
+    assert masklam.main([*flags, "--out", str(copied.parent)]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert {path: snapshot(copied.parent).get(path) for path in before} == before
+
+
+def test_a_run_goes_on_when_fresh_was_stopped_while_it_emptied_the_cache(copied, monkeypatch):
+    flags, count, unlink = [*FLAGS, "--out", str(copied.parent), "--until", "record"], [], os.unlink
+
+    def stop(*given, **how):
+        count.append(given)
+        if len(count) == 20:
+            raise KeyboardInterrupt
+        return unlink(*given, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", stop)
+        assert masklam.main([*flags, "--fresh"]) == 130
+    assert masklam.main(flags) == 0 and not list(copied.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name, size", [("heldout/length.npy", 0), ("training/frames.npy", 5000)])
+def test_what_is_left_of_a_damaged_recording_gets_one_line(name, size, copied, capsys):
+    config = replace(masklam.parse(FLAGS)[0], masks="simulator")
+    record = masklam.Run(config, copied, "cpu").path("record", "video")
+    record.unlink()
+    array = record.with_suffix("") / name
+    rewrite(array, array.read_bytes()[:size])
+    assert masklam.main([*FLAGS, "--until", "record", "--out", str(copied.parent)]) == 2
+    (line,) = masklam_lines(capsys.readouterr().err)
+    assert str(array.parent) in line and "--fresh" in line
+
+
+def test_an_expert_that_earns_too_little_is_named_before_anything_is_trained(tmp_path, capsys):
+    assert masklam.main([*FLAGS, "--eval-steps", "1", "--out", str(tmp_path)]) == 2
+    assert "evaluate longer" in capsys.readouterr().err
+    assert list(tmp_path.rglob("record-*")) and not list(tmp_path.rglob("lam-*"))
+
+
+@pytest.mark.parametrize("task", masklam.TASKS)
+def test_experts_are_better_than_chance_in_a_smoke_run(task):
+    config = replace(SMOKE, task=task)
+    expert, chance = (masklam.evaluate_state_policy(config, name).mean()
+                      for name in ("expert", "random"))
+    assert expert > chance
+
+
+def test_a_run_without_an_output_ends_quietly(copied):
+    done = subprocess.run([sys.executable, str(HERE / "masklam.py"), *FLAGS, "--out",
+                           str(copied.parent)], preexec_fn=lambda: os.close(1),
+                          stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_what_runs_is_the_source_as_it_was_when_it_was_read(tmp_path):
+    """An edit while the program is at work gets another key, in the next run."""
+    copy = tmp_path / "edited.py"
+    copy.write_text((HERE / "masklam.py").read_text())
+    code = ("import edited; from pathlib import Path; path = Path(edited.__file__)\n"
+            "path.write_text(path.read_text().replace('error.sum()', '0 * error.sum()'))\n"
+            "print(edited.cache_key(edited.Config(), 'lam', 'x'))")
+    keys = [subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True).strip()
+            for _ in range(2)]
+    assert keys[0] == masklam.cache_key(Config(), "lam", "x") != keys[1]
+
+
+def test_there_is_a_worker_for_every_core_that_may_be_used(monkeypatch):
+    for cores, count in (({3}, 1), (set(range(4)), 4), (set(range(64)), 16)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        with masklam.worker_pool() as pool:
+            assert pool._max_workers == count
+
+
+def test_the_picture_of_masks_is_that_of_the_present_setting(copied):
+    flags = [*FLAGS, "--out", str(copied.parent), "--until", "mask", "--masks", "student",
+             "--student-updates", "150", "--keyframes"]
+    pictures = []
+    for keyframes in ("16", "12", "16"):
+        assert masklam.main([*flags, keyframes]) == 0
+        pictures.append((copied / "masks.png").read_bytes())
+    assert pictures[0] == pictures[2] != pictures[1]
+    assert masklam.main([*FLAGS, "--out", str(copied.parent), "--until", "mask"]) == 0
+    assert not (copied / "masks.png").exists()
+
+
+def test_an_input_that_never_changes_gets_no_weight(monkeypatch):
+    rollout = masklam.state_rollout
+
+    def with_a_constant(*given, **how):
+        states, actions, rewards = rollout(*given, **how)
+        return np.c_[states[:, :-1], np.full(len(states), 5.0)], actions, rewards
+
+    monkeypatch.setattr(masklam, "worker_pool", contextlib.nullcontext)
+    monkeypatch.setattr(masklam, "map_in", lambda _, function, jobs: map(function, *zip(*jobs)))
+    monkeypatch.setattr(masklam, "state_rollout", with_a_constant)
+    literal = masklam.train_expert("hopper", directions=4, top=2, horizon=20, budget=2000)
+    expert = masklam.from_literal(literal, 3)
+    assert (expert[:, -1] == 0).all() and abs(expert).max() < 100
+
+
+@pytest.mark.parametrize("stage, limit", [
+    ("record", 500_000), ("mask", 500_000), ("lam", 5_000_000)])
 def test_a_disk_without_room_gets_one_line_and_loses_nothing(stage, limit, copied):
     """As many bytes as a file may have: too few for frames, and for the weights of a network."""
-    flags = ["--seed", "1"] if stage == "record" else ["--latent-dim", "8"]
+    flags = dict(record=["--seed", "1"], mask=["--dilate", "1"], lam=["--latent-dim", "8"])[stage]
     before = snapshot(copied.parent)
     done = run(*FLAGS, "--until", stage, "--out", copied.parent, *flags,
                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
