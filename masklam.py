@@ -1783,6 +1783,7 @@ def map_in(pool, function, jobs):
         yield future.result()
 
 def undegraded(config):
+    """The config whose masks are their source's own: found once, however they are used."""
     return replace(config, erode=0, dilate=0, shift=0, occlude=0.0, mask_input=False)
 
 class Run:
@@ -1839,7 +1840,7 @@ class Run:
 
         def compute(partial):
             folder.mkdir(exist_ok=True)
-            if config != clean:  # found once, however they are used
+            if config != clean:
                 student, masks, iou = Run(clean, self.folder, self.device, self.pool).masks
             else:
                 student, masks, iou, keyframes = find_masks(config, videos, self.device, partial)
