@@ -808,13 +808,13 @@ def action_nmse(policy, windows) -> float:
 
 # ==== 8. Bodies [record] ==========================================================================
 # A task is a Gymnasium MuJoCo environment, a camera that shows its agent whole, and an expert to
-# record. The bodies are driven by position servos, as legged robots are: an action names an angle
-# for every joint and a fast loop inside the simulator holds it. So an action can last long enough
-# to be seen in two frames, and a policy that sees only frames can still balance.
+# record. All bodies but the humanoid are driven by position servos, as legged robots are: an action
+# names an angle for every joint and a fast loop inside the simulator holds it. So an action can
+# last long enough to be seen in two frames, and a policy that sees only frames can still balance.
 
 @dataclass(frozen=True)
 class Task:
-    """A body, how it acts and is seen, and the search that found its expert."""
+    """A body, how it acts and is seen, and the search for its expert."""
 
     env_id: str
     camera: tuple[float, float, float] | None = None  # see AgentRenderer
