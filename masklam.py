@@ -1847,8 +1847,9 @@ class Run:
                 if keyframes:
                     plot_masks(*keyframes, folder / "masks.png")
             for name, video in videos.items():
-                worse = np.stack([degrade(config, episode, generator(config.seed, name, i))
-                                  for i, episode in enumerate(masks[name])])
+                worse = np.empty(video.masks.shape, np.uint8)  # a list would tear up the heap
+                for i, episode in enumerate(masks[name]):
+                    worse[i] = degrade(config, episode, generator(config.seed, name, i))
                 check_masks(worse, name)
                 iou[name] = mask_iou(worse, video.masks, video.valid)
                 header = np.lib.format.header_data_from_array_1_0(worse)
