@@ -179,6 +179,14 @@ def written_whole(path):
     finally:
         temporary.unlink(missing_ok=True)
 
+def save_array(path, array, shape=None):
+    """`np.save`, but a full disk is named; of a larger `shape` the array's copies fill the rest."""
+    shape = shape or array.shape
+    header = np.lib.format.header_data_from_array_1_0(array) | dict(shape=shape)
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.writelines([array.reshape(-1).data] * (math.prod(shape) // array.size))
+
 def save_torch(path, payload):
     """Write tensors and numbers, behind a checksum and the file's own name."""
     buffer = io.BytesIO()
@@ -264,11 +272,7 @@ class Video:
         folder.mkdir(parents=True, exist_ok=True)
         for name, shape in shapes.items():
             episode = np.zeros(shape, kinds.get(name, np.float32))
-            header = np.lib.format.header_data_from_array_1_0(episode) | dict(shape=(E, *shape))
-            with open(folder / f"{name}.tmp", "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                file.writelines([episode.tobytes()] * E)
-            os.replace(folder / f"{name}.tmp", folder / f"{name}.npy")
+            save_array(folder / f"{name}.npy", episode, (E, *shape))
 
     @property
     def valid(self) -> np.ndarray:
@@ -811,7 +815,6 @@ def action_nmse(policy, windows) -> float:
 # record. All bodies but the humanoid are driven by position servos, as legged robots are: an action
 # names an angle for every joint and a fast loop inside the simulator holds it. So an action can
 # last long enough to be seen in two frames, and a policy that sees only frames can still balance.
-
 @dataclass(frozen=True)
 class Task:
     """A body, how it acts and is seen, and the search for its expert."""
@@ -1782,10 +1785,6 @@ def map_in(pool, function, jobs):
     for future in handed_over:
         yield future.result()
 
-def undegraded(config):
-    """The config whose masks are their source's own: found once, however they are used."""
-    return replace(config, erode=0, dilate=0, shift=0, occlude=0.0, mask_input=False)
-
 class Run:
     """One seed's folder: its cache, its clock and its results. A stage is a method that computes a
     named result, or takes it from the cache."""
@@ -1832,16 +1831,22 @@ class Run:
         check_arrays(folder, known)
         return {name: Video.open(folder / name) for name in SPLITS[:3]}
 
+    @property
+    def undegraded(self):
+        """The run whose masks are their source's own: found once, however they are used."""
+        config = replace(self.config, erode=0, dilate=0, shift=0, occlude=0.0, mask_input=False)
+        return self if config == self.config else Run(config, self.folder, self.device, self.pool)
+
     @functools.cached_property
     def masks(self):
         """-> (student or None, {video's name: masks}, {video's name: IoU with the simulator's})."""
-        config, videos, clean = self.config, self.videos, undegraded(self.config)
+        config, videos, source = self.config, self.videos, self.undegraded
         folder = self.path("mask", "masks").with_suffix("")
 
         def compute(partial):
             folder.mkdir(exist_ok=True)
-            if config != clean:
-                student, masks, iou = Run(clean, self.folder, self.device, self.pool).masks
+            if source is not self:
+                student, masks, iou = source.masks
             else:
                 student, masks, iou, keyframes = find_masks(config, videos, self.device, partial)
                 if keyframes:
@@ -1852,10 +1857,7 @@ class Run:
                     worse[i] = degrade(config, episode, generator(config.seed, name, i))
                 check_masks(worse, name)
                 iou[name] = mask_iou(worse, video.masks, video.valid)
-                header = np.lib.format.header_data_from_array_1_0(worse)
-                with written_whole(folder / f"{name}.npy") as part, open(part, "wb") as file:
-                    np.lib.format.write_array_header_1_0(file, header)  # np.save tells no reason
-                    file.write(worse)
+                save_array(folder / f"{name}.npy", worse)
             return student and student.state_dict(), iou, checksums(folder)
 
         state, iou, known = self.cached("mask", "masks", compute)
@@ -1971,17 +1973,21 @@ class Run:
                     decode=(*methods, "labels-only"),
                     evaluate=(*methods, *CLONES, "expert", "random"))
 
+    def show_masks(self):
+        """Put the picture of the present setting's keyframes, if it has any, into the folder."""
+        drawn = self.undegraded.path("mask", "masks").with_suffix("") / "masks.png"
+        shown = self.folder / "masks.png"
+        shown.unlink(missing_ok=True)  # another setting's
+        if drawn.exists():
+            shutil.copy(drawn, shown)
+
     def execute(self, until="report"):
         """Every stage up to and including `until`; -> results.json's content if that is report."""
         stages = STAGES[:STAGES.index(until) + 1]
         _ = self.masks if "mask" in stages else self.videos
         if "evaluate" in stages:
             self.scale()  # now, not when all is done
-        run = Run(undegraded(self.config), self.folder, self.device)
-        drawn, shown = run.path("mask", "masks").with_suffix("") / "masks.png", "masks.png"
-        (self.folder / shown).unlink(missing_ok=True)  # another setting's
-        if drawn.exists():
-            shutil.copy(drawn, self.folder / shown)
+        self.show_masks()
         for stage, names in self.plan().items():
             if stage not in stages:
                 break
@@ -2078,9 +2084,9 @@ def run_sweep(config, name, folder, device, pool):
         words = [str(value) if label else f"{key} {value}" for key, value in changes.items()]
         point = ", ".join(words) or "as it is"
         _, _, iou = run.masks  # recorded here, or every worker would
-        if acts:
-            run.scale()
         runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
+    if acts:  # alike at all points
+        run.scale()
     for stage in stages:
         compute_missing([(run, stage, result) for _, run in runs for result in run.plan()[stage]
                          if result not in (*REFERENCES, "oracle")])
