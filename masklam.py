@@ -98,6 +98,7 @@ class Config:
     distractor: str = option("record", "low", "what else moves", choices=DISTRACTORS)
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
     speed: float = option("record", 5.0, "of the background, pixels a step", 0, 100)
+    zoom: float = option("record", 1.0, "the agent's size in the frame, times this", 0.1, 3)
     backgrounds: str = option("record", "", "folder of pictures and videos to show")
     episodes: int = option("record", 500, "recorded for training", 4, 250_000)
     heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 250_000)
@@ -822,22 +823,23 @@ class Task:
     env_id: str
     camera: tuple[float, float, float] | None = None  # see AgentRenderer
     seconds: float | None = None  # that an action lasts; None: as the environment has it
-    reach: float | None = None  # radians, see `servo`; None: the environment's own motors
+    servo: dict | None = None  # arguments of `servo`; None: the environment's own motors
     options: dict = field(default_factory=dict)  # of gym.make
     search: dict = field(default_factory=dict)  # arguments of `train_expert`
     cycle: int = 0  # steps of a gait, for an expert that sees a clock; see `expert_input`
 
 FREE = {"ctrl_cost_weight": 0}  # an angle costs nothing
 TASKS = {
-    "cheetah": Task("HalfCheetah-v5", (2.6, -8, 0), 0.1, 0.8,
+    "cheetah": Task("HalfCheetah-v5", (2.6, -8, 0), 0.1, dict(reach=0.8),
                     search=dict(size=0.03, step=0.02, persistence=0.7, budget=1_500_000)),
-    "hopper": Task("Hopper-v5", (2.4, -8, 0.3), 0.05, 0.6,
+    "hopper": Task("Hopper-v5", (2.4, -8, 0.3), 0.1, dict(reach=0.6),
                    FREE | dict(healthy_angle_range=(-1, 1), healthy_z_range=(0.5, 10)),
-                   dict(budget=1_200_000)),
-    "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.05, 0.6, FREE, dict(budget=3_000_000)),
-    "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, 0.6,
+                   dict(size=0.1, horizon=100, budget=1_200_000)),
+    "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.1, dict(reach=0.6), FREE,
+                   dict(size=0.1, horizon=100, budget=1_200_000)),
+    "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, dict(reach=0.6),
                     search=dict(directions=8, top=4, size=0.03, step=0.02, budget=600_000)),
-    "ant": Task("Ant-v5", (3.5, -40, -0.1), 0.1, 0.6,
+    "ant": Task("Ant-v5", (3.5, -40, -0.1), 0.1, dict(reach=0.6),
                 FREE | dict(include_cfrc_ext_in_observation=False),
                 dict(directions=32, top=16, size=0.03, step=0.02, noise=0.2, horizon=100,
                      budget=1_200_000)),
@@ -885,8 +887,8 @@ def bare_env(task: str):
     entry = get_task(task)
     env = gym.make(entry.env_id, disable_env_checker=True, **entry.options).unwrapped
     env.rest = np.zeros(env.action_space.shape)  # the action that asks for the initial pose
-    if entry.reach:
-        env.rest = servo(env.model, entry.reach)
+    if entry.servo:
+        env.rest = servo(env.model, **entry.servo)
     if entry.seconds:
         env.frame_skip = round(entry.seconds / env.model.opt.timestep)
     return env
@@ -1286,10 +1288,15 @@ def tied_background(config):
                              go_on=explores(i))[1] for i in range(20)]
     return backdrop(config.backgrounds).tie(np.concatenate(actions), config.seed)
 
+def task_camera(config):
+    """The task's camera, see AgentRenderer, as near as --zoom asks; None if it has none."""
+    camera = get_task(config.task).camera
+    return camera and (camera[0] / config.zoom, *camera[1:])
+
 def make_env(config, split="training"):
     """The task's environment with the config's distractors, of those that a split may show."""
     return Distractors(bare_env(config.task), config.distractor, config.correlation, config.speed,
-                       get_task(config.task).camera, config.frame_size,
+                       task_camera(config), config.frame_size,
                        tied_background(replace(config, correlation=0)),
                        footage(config.backgrounds, split))
 
@@ -1724,6 +1731,8 @@ def summarize(results: list[dict]) -> dict:
 # In: the command line. Out: a run's folder. A stage's results are cached under a key made of the
 # config fields and the source text that they depend on, written whole or not at all, and taken up
 # again where a killed run stopped.
+VERSIONS = {library.__name__: library.__version__ for library in (torch, mujoco, gym, np)}
+
 @functools.cache
 def source_text(stage: str) -> str:
     """The source of the sections whose banner names this stage or an earlier one."""
@@ -1739,7 +1748,8 @@ def file_stamps(path: str) -> list:
     return [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
 
 def cache_key(config, stage, name) -> str:
-    """Twelve hex digits that change with any field, file or line of code up to a stage."""
+    """Twelve hex digits that change with a library and any field, file or line of code up to a
+    stage."""
     chosen = {f.name: getattr(config, f.name) for f in fields(config)
               if STAGES.index(f.metadata["stage"]) <= STAGES.index(stage)}
     if name.startswith("laom-labels"):  # the one method that sees labels before they are decoded
@@ -1747,7 +1757,7 @@ def cache_key(config, stage, name) -> str:
     files = [file_stamps(chosen[path]) for path in ("backgrounds", "sam_checkpoint")
              if chosen.get(path)]
     task = asdict(get_task(config.task)), EXPERTS.get(config.task)
-    text = json.dumps([name, chosen, files, task, source_text(stage)], sort_keys=True)
+    text = json.dumps([name, chosen, files, task, source_text(stage), VERSIONS], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def start_worker():
@@ -2014,8 +2024,8 @@ class Run:
         share = training.noise().var(0) / training.actions().var(0)
         results = dict(
             task=config.task, seed=config.seed, config=asdict(config), device=str(self.device),
-            versions={m.__name__: m.__version__ for m in (torch, mujoco, gym, np)}
-            | {"python": sys.version.split()[0]}, mask_source=config.masks, mask_iou=self.masks[2],
+            versions=VERSIONS | {"python": sys.version.split()[0]},
+            mask_source=config.masks, mask_iou=self.masks[2],
             seconds={stage: round(sum(spent.values()), 1) for stage, spent in self.seconds.items()},
             rates=self.rates(), noise_share=float(share.mean()), methods=rows)
         results["random_return"], results["expert_return"] = map(float, self.scale())
@@ -2056,6 +2066,7 @@ SWEEPS = {  # changes of the config, point by point
     "latent": [dict(latent_dim=n) for n in (4, 16, 32, 64, 128, 256, 512)],
     "correlation": [dict(correlation=r) for r in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)],
     "speed": [dict(speed=v) for v in (0.0, 1.0, 2.0, 3.5, 5.0, 7.0)],
+    "zoom": [dict(zoom=z) for z in (0.5, 0.7, 1.0, 1.2)],
     "offset": [dict(offset=k) for k in (1, 2, 3, 5, 10)],
     "weight": [dict(background_weight=b) for b in (0.0, 0.05, 0.1, 0.25, 0.5, 1.0)],
     "masks": [{}, *(dict(occlude=f) for f in (0.25, 0.5, 0.75)), dict(erode=1),
@@ -2128,6 +2139,7 @@ def check_config(config: Config, given):
     useless |= dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
     useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
     useless |= dict.fromkeys(("correlation", "speed", "backgrounds"), config.distractor == "none")
+    useless |= dict(zoom=not get_task(config.task).camera)
     for name in given:
         require(not useless.get(name),
                 f"{flag(name)} has no effect with the other settings; leave it out")
@@ -2151,7 +2163,7 @@ def check_task(config, points, train_expert):
     """UserError unless the task is an environment and, to be recorded, has an expert, an agent that
     the masks would show, pictures that can be read behind it, and SAM's checkpoint is at hand."""
     try:
-        env = Distractors(state_env(config.task), "none", camera=get_task(config.task).camera,
+        env = Distractors(state_env(config.task), "none", camera=task_camera(config),
                           size=config.frame_size)
     except (gym.error.Error, ImportError, AttributeError, IndexError, ValueError,
             TypeError) as error:
@@ -2212,7 +2224,9 @@ def parse(argv):
     count = getattr(options, "seeds", 1)
     require(1 <= count <= 1000, f"--seeds is {count}; allowed: 1 to 1000")
     if options.train_expert:
-        useless = sorted(set(vars(options)) & {*vars(config), "seeds"} - {"task", "seed"})
+        useless = {name for name in ("preset", "out", "fresh")
+                   if getattr(options, name) != parser.get_default(name)}
+        useless = sorted(useless | set(vars(options)) & {*vars(config), "seeds"} - {"task", "seed"})
         require(not useless, f"{' '.join(map(flag, useless))} has no effect with --train-expert")
     check_task(config, points, options.train_expert)
     return config, options
@@ -2379,16 +2393,19 @@ def from_literal(literal, actions) -> np.ndarray:
     planes = np.frombuffer(zlib.decompress(base64.b85decode(literal)), np.uint8).reshape(2, -1)
     return planes.T.copy().view(np.float16).reshape(actions, -1).astype(float)
 
-EXPERTS = {  # see `to_literal`; all but the humanoid's were rounded to eight bits a weight
+EXPERTS = {  # see `to_literal`; cheetah's, swimmer's and ant's were rounded to eight bits a weight
     "cheetah":
         "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg{{7xZN"
         "_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)=?UCA"
         "vx%tclSy-y3<32>B<ACL}A2L",
-    "hopper": "c-muVU|?tfLkMU90Wbr`V`$iGw|UVPQ-h7`7fC4Yvfbmb)^fv+6|2>hkGLFk+G4SDv-V0|EdbC#7?1",
+    "hopper":
+        "c-jF-0Jr}kt8YbM2|~8md)K+A>0J(4nN29k2RHKa7T4MA-oxooA(1)2K)boCGcUCzt)e2pLA<dzJhrr}rz|eVNWVK"
+        "Ww7ah*Dk(53z9UW",
     "walker":
-        "c-m`dXkchyU}$In5ey&<g<t@c0x=pO(jWq&3d(~ahy+9sf)G5Y&|aJM2Y2WgY_l;~wNYn*jFPIB(;@Sn>v!z6++wj"
-        "uM_YaACQY5=uKQ&6=x#T1*t%q`j`o~|T83^%>}{;Aw;1g+U#p?Be2MD1CC6O0Z&+n}V4LHHovVzN>u=OBJmq<C*B*"
-        ";4TTQmDS!cY`V1t}400u!zX8",
+        "c-jHj04M(_zcHU71;bn|1s8)q_s(M)8108f<=LBzKYAT!E4m(3e}pL`q=r=VP^Ok8M9h=s%3I=@bA`8$`D6rdP)2j"
+        "rLG=^&fV{I%L*{V&r(Elzy60}Or|AfT8BcF7753l<$e~p>Z`XWMpTU(wz`vq7Jh47Mw6-p=t}HJxFtb3wH9RmlH8{"
+        "8=tt+fCuP!UeNW85!I5IvwpR=?tFf*|*HNrtWw!S*Io|`naE-fgnu(GVmO2EB0x;#0qy0oe&pd&CQG|Ec6tva?kwY"
+        "t16v8b%9Gb}GRyJeC",
     "swimmer": "c-m`VU|?u~;0A^U5Hhm0-nY|Yi=p=V%{JT23^(iP0syR03o`",
     "ant":
         "c-l=)YmS025biPd7g1i@qG%OdT8)XxUaZI19~(kcK#=EBSBa91H(Lb}JLyd3d&~@A3;=LT&$#t>2(;x6)+hkap4AU"

@@ -190,11 +190,11 @@ def test_experts_return_what_their_bars_ask_for(task, bar):
     assert np.mean(returns) >= bar
 
 
-@pytest.mark.parametrize("task", [name for name in masklam.TASKS if masklam.TASKS[name].reach])
+@pytest.mark.parametrize("task", [name for name in masklam.TASKS if masklam.TASKS[name].servo])
 def test_a_servo_holds_the_angles_that_an_action_asks_for(task):
     """In the air, without gravity. `rest` asks for the initial pose; the ends of an action lie
     2 reach apart, or where the joint ends; nothing is asked for that the joint cannot take."""
-    env, reach = masklam.bare_env(task), masklam.TASKS[task].reach
+    env, reach = masklam.bare_env(task), masklam.TASKS[task].servo["reach"]
     model, data, high = env.model, env.data, env.action_space.high
     joints = model.actuator_trnid[:, 0]
     places, limits = model.jnt_qposadr[joints], model.jnt_range[joints]
@@ -368,6 +368,15 @@ def test_renderer_agrees_with_the_simulators_segmentation(task):
         assert (rgb[alpha == 0] == 0).all() and rgb[alpha == 255].mean() > 40
         assert abs(alpha.mean() - truth.mean()) < 0.03 * truth.mean()  # soft alpha has no bias
     assert np.mean(ious) >= 0.94 and min(ious) >= 0.9  # limbs are three pixels wide
+
+
+def test_zoom_is_the_agents_size_in_the_frame():
+    def area(zoom):
+        _, info = masklam.make_env(replace(SMOKE, zoom=zoom)).reset(seed=0)
+        return (info["mask"] / 255).mean()
+
+    assert area(0.5) == pytest.approx(area(1) / 4, rel=0.15)
+    assert area(1.2) == pytest.approx(area(1) * 1.44, rel=0.15)
 
 
 def test_the_camera_follows_the_agent_along_the_ground_but_shows_its_jumps():
@@ -1931,6 +1940,12 @@ def test_a_change_of_a_task_or_its_expert_changes_all_keys_of_that_task(monkeypa
     assert masklam.cache_key(SMOKE, "lam", "x") != masklam.cache_key(SMOKE, "lam", "y")
 
 
+def test_another_version_of_a_library_changes_all_keys(monkeypatch):
+    before = cache_keys()
+    monkeypatch.setitem(masklam.VERSIONS, "mujoco", "4.0.1")
+    assert changed_stages(before, cache_keys()) == list(masklam.STAGES)
+
+
 def test_what_learns_from_labels_is_learnt_anew_with_other_labels(tmp_path):
     runs = [masklam.Run(replace(SMOKE, labels=n), tmp_path, torch.device("cpu")) for n in (80, 40)]
     for stage in ("lam", "probe", "policy", "decode", "evaluate"):
@@ -2038,6 +2053,8 @@ WRONG = {
     "--distractor none --correlation 0.5": "--correlation has no effect",
     "--distractor none --speed 4": "--speed has no effect",
     "--speed 101": "--speed is 101.0; allowed: 0 to 100",
+    "--zoom 0": "--zoom is 0.0; allowed: 0.1 to 3", "--zoom 0.1 --task hopper": "are empty",
+    "--task Reacher-v5 --zoom 2": "--zoom has no effect",  # no entry, so no camera of its own
     "--methods lapo --background-weight 0.5": "--background-weight has no effect",
     "--masks simulator --sam-model vit_b": "--sam-model has no effect",
     "--masks student --sam-checkpoint {tmp}/text.pth": "--sam-checkpoint has no effect",
@@ -2046,6 +2063,8 @@ WRONG = {
     "--student-updates 8": "--student-updates has no effect",  # auto, and no SAM on this disk
     "--blocks 2": "--blocks has no effect", "--train-expert --labels 20": "--labels has no effect",
     "--train-expert --seeds 2": "--seeds has no effect",
+    "--train-expert --preset smoke --fresh": "--fresh --preset has no effect with --train",
+    "--train-expert --out {tmp}": "--out has no effect",
     # sweeps
     "--sweep colours": "--sweep: invalid choice: 'colours'",
     "--sweep labels --until lam": "--until: not allowed with argument --sweep",
@@ -2126,8 +2145,9 @@ def test_wrong_input_gets_one_line_and_status_two(line, started, tmp_path, capsy
     if "other.pth" in line:
         torch.save(small_sam(width=64).state_dict(), tmp_path / "other.pth")
     before, start = sorted(tmp_path.rglob("*")), time.process_time()
-    base = ["--preset", "smoke", "--out", str(tmp_path / "runs")]
-    assert masklam.main([*base, *flags]) == 2
+    if "--train-expert" not in flags:  # which takes neither
+        flags = ["--preset", "smoke", "--out", str(tmp_path / "runs"), *flags]
+    assert masklam.main(flags) == 2
     took = time.process_time() - start
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("masklam: ") and WRONG[line] in lines[0], lines
