@@ -836,7 +836,7 @@ TASKS = {
                    FREE | dict(healthy_angle_range=(-1, 1), healthy_z_range=(0.5, 10)),
                    dict(size=0.1, horizon=100, budget=1_200_000)),
     "walker": Task("Walker2d-v5", (2.6, -8, 0.1), 0.1, dict(reach=0.6), FREE,
-                   dict(size=0.1, horizon=100, budget=1_200_000)),
+                   dict(horizon=100, budget=1_200_000)),
     "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, dict(reach=0.6),
                     search=dict(directions=8, top=4, size=0.03, step=0.02, budget=600_000)),
     "ant": Task("Ant-v5", (3.5, -40, -0.1), 0.1, dict(reach=0.6),
@@ -2402,10 +2402,10 @@ EXPERTS = {  # see `to_literal`; cheetah's, swimmer's and ant's were rounded to 
         "c-jF-0Jr}kt8YbM2|~8md)K+A>0J(4nN29k2RHKa7T4MA-oxooA(1)2K)boCGcUCzt)e2pLA<dzJhrr}rz|eVNWVK"
         "Ww7ah*Dk(53z9UW",
     "walker":
-        "c-jHj04M(_zcHU71;bn|1s8)q_s(M)8108f<=LBzKYAT!E4m(3e}pL`q=r=VP^Ok8M9h=s%3I=@bA`8$`D6rdP)2j"
-        "rLG=^&fV{I%L*{V&r(Elzy60}Or|AfT8BcF7753l<$e~p>Z`XWMpTU(wz`vq7Jh47Mw6-p=t}HJxFtb3wH9RmlH8{"
-        "8=tt+fCuP!UeNW85!I5IvwpR=?tFf*|*HNrtWw!S*Io|`naE-fgnu(GVmO2EB0x;#0qy0oe&pd&CQG|Ec6tva?kwY"
-        "t16v8b%9Gb}GRyJeC",
+        "c-jHj04M(h3<o0)hMjh>ny9{5lLXQP+ZOl~qJuf-px+N0u~sHxWDmElTIG5|q1JYlkC6d<pCa{X0I=VCmBP9aP0JM"
+        "VVdSw8r&4|dY3a!*wcJxzP?&l3VuVZ=svY?qL7xg3&{jsP1`%q&$|54gMZ2{)C%nG6ursc#DyA(ku*XNiKr}r#KDo"
+        "Fvp0X$}FD@m=N4zvRJG;KJxjV5qH8ixUvA;s4JUuuspRu+yDKf7bDW@z$z&o_IGPk}hurw$xAuO`6Ft$BBwKh6IJ3"
+        "O~JFR-z(D=aB*(_a|",
     "swimmer": "c-m`VU|?u~;0A^U5Hhm0-nY|Yi=p=V%{JT23^(iP0syR03o`",
     "ant":
         "c-l=)YmS025biPd7g1i@qG%OdT8)XxUaZI19~(kcK#=EBSBa91H(Lb}JLyd3d&~@A3;=LT&$#t>2(;x6)+hkap4AU"

@@ -625,8 +625,8 @@ def test_a_recording_shows_the_footage_behind_the_agent(pictures, tmp_path):
         behind = video.frames[video.valid][video.masks[video.valid] == 0]
         assert len(np.unique(behind, axis=0)) > 200
         assert {tuple(c) for c in np.unique(behind, axis=0)} <= colors
-    evaluated = masklam.make_env(config, "evaluate").reset(seed=0)[0]
-    assert (evaluated[:8] == evaluated[:8, :, :1]).all()  # the grey picture
+    _, film = masklam.rollout(replace(config, eval_steps=3), PixelPolicy(6), [0])
+    assert (film[:, :8] == film[:, :8, :, :1]).all()  # the grey picture
 
 
 def test_other_files_in_the_folder_are_recorded_anew(pictures):
@@ -1668,6 +1668,21 @@ def test_rollout_equals_a_naive_loop_of_episodes_that_end_early(mask_input):
     np.testing.assert_allclose(returns, [total for total, _ in expected], rtol=1e-9)
     assert film.dtype == np.uint8 and (film == expected[0][1][..., :3]).all()
     assert len(film) == lengths[0]
+
+
+def test_with_a_student_it_masks_what_a_policy_sees(monkeypatch):
+    def found(student, frames):
+        return np.full(frames.shape[:3], student, np.uint8)
+
+    monkeypatch.setattr(masklam, "student_masks", found)
+    masks = []
+
+    def policy(obs):
+        masks.append(obs[..., 3])
+        return torch.zeros(len(obs), 6)
+
+    masklam.rollout(replace(SMOKE, mask_input=True, eval_steps=4), policy, [0, 1], student=77)
+    assert len(masks) == 4 and (torch.stack(masks) == 77).all()
 
 
 class Replay(torch.nn.Module):
