@@ -135,7 +135,7 @@ class Config:
 
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("decode", 200, "labelled transitions, about two episodes", 10, 10**8)
+    labels: int = option("decode", 1000, "labelled transitions, about ten episodes", 10, 10**8)
     decoder_updates: int = option("decode", 1000, "at most, on the labels", 1, 10**8)
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
@@ -2135,11 +2135,11 @@ def check_config(config: Config, given):
             allow(low is None or low <= v <= high, f.name, f"{low} to {high}")
 
     size, masks, methods = config.frame_size, config.masks, config.methods
-    useless = dict(blocks=config.patch > 1, background_weight="masklam" not in methods)
+    useless = dict(blocks=config.patch > 1, background_weight="masklam" not in methods,
+                   zoom=not get_task(config.task).camera)
     useless |= dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
     useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
     useless |= dict.fromkeys(("correlation", "speed", "backgrounds"), config.distractor == "none")
-    useless |= dict(zoom=not get_task(config.task).camera)
     for name in given:
         require(not useless.get(name),
                 f"{flag(name)} has no effect with the other settings; leave it out")
