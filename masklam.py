@@ -39,6 +39,7 @@ import copy
 import csv
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -93,7 +94,8 @@ def option(stage, default, text, low=None, high=None, choices=None):
 class Config:
     """All settings of a run; the defaults suit two CPU cores. See `option` for the columns."""
 
-    task: str = option("record", "cheetah", "a body of TASKS, or a Gymnasium environment's id")
+    task: str = option("record", "cheetah", "cheetah, hopper, walker, swimmer, ant, humanoid, or "
+                      "a Gymnasium environment's id")
     seed: int = option("record", 0, "of bodies, backgrounds, networks and batches", 0, 10**6)
     distractor: str = option("record", "low", "what else moves", choices=DISTRACTORS)
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
@@ -136,7 +138,7 @@ class Config:
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
     labels: int = option("decode", 1000, "labelled transitions, about ten episodes", 10, 10**8)
-    decoder_updates: int = option("decode", 1000, "at most, on the labels", 1, 10**8)
+    decoder_updates: int = option("decode", 1000, "at most, of the decoder", 1, 10**8)
 
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
     eval_steps: int = option("evaluate", 500, "per evaluation episode", 1, 10**5)
@@ -180,13 +182,10 @@ def written_whole(path):
     finally:
         temporary.unlink(missing_ok=True)
 
-def save_array(path, array, shape=None):
-    """`np.save`, but a full disk is named; of a larger `shape` the array's copies fill the rest."""
-    shape = shape or array.shape
-    header = np.lib.format.header_data_from_array_1_0(array) | dict(shape=shape)
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        file.writelines([array.reshape(-1).data] * (math.prod(shape) // array.size))
+def save_array(path, array):
+    """`np.save`; to a file that can be read, too, it writes in pieces, and names a full disk."""
+    with written_whole(path) as temporary, open(temporary, "wb+") as file:
+        np.save(file, array)
 
 def save_torch(path, payload):
     """Write tensors and numbers, behind a checksum and the file's own name."""
@@ -233,7 +232,7 @@ def check_arrays(folder, known: dict):
 # Everything that learns learns from here, whether the video was recorded (section 11) or one's own.
 def generator(*purpose) -> np.random.Generator:
     """Random numbers for (seed, purpose, ...): the same arguments give the same numbers."""
-    words = [p if isinstance(p, int) else zlib.crc32(p.encode()) for p in purpose]
+    words = [zlib.crc32(p.encode()) if isinstance(p, str) else p for p in purpose]
     return np.random.default_rng(words)
 
 @dataclass
@@ -273,7 +272,7 @@ class Video:
         folder.mkdir(parents=True, exist_ok=True)
         for name, shape in shapes.items():
             episode = np.zeros(shape, kinds.get(name, np.float32))
-            save_array(folder / f"{name}.npy", episode, (E, *shape))
+            save_array(folder / f"{name}.npy", np.broadcast_to(episode, (E, *shape)))
 
     @property
     def valid(self) -> np.ndarray:
@@ -285,18 +284,22 @@ class Windows:
 
     A window of offset k is the stack obs (t-2, t-1, t), the stack future_obs (t+k-2, t+k-1, t+k)
     and next_obs, t + 1. It never crosses an episode's end: the first frame stands for what was
-    before it, and k is cut to what is left. With mask_input masks are a frame's fourth channel."""
+    before it, and k is cut to what is left. masks: others than the video's, to learn with. With
+    mask_input they are a frame's fourth channel."""
 
-    def __init__(self, video: Video, device="cpu", mask_input=False):
+    def __init__(self, video: Video, device="cpu", mask_input=False, masks=None):
         self.video, self.device, self.mask_input = video, device, mask_input
         self.T = video.frames.shape[1]
+        masks = video.masks if masks is None else masks
+        require(video.frames.dtype == masks.dtype == np.uint8 and max(video.length) <= self.T,
+                "a Video has frames and masks of bytes, and no length above their number")
         self.e, self.t = np.nonzero(video.valid[:, 1:])
         on_gpu = torch.device(device).type == "cuda"
         room = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
-        fits = 2 * (video.frames.nbytes + video.masks.nbytes) < room  # or batches travel
+        fits = 2 * (video.frames.nbytes + masks.nbytes) < room  # or batches travel
         home = device if fits else "cpu"
         self.frames = torch.from_numpy(video.frames).flatten(0, 1).to(home)  # (E T, H, W, 3) u8
-        self.masks = torch.from_numpy(video.masks).flatten(0, 1).to(home)  # (E T, H, W) u8
+        self.masks = torch.from_numpy(masks).flatten(0, 1).to(home)  # (E T, H, W) u8
 
     def __len__(self):
         return len(self.e)
@@ -615,7 +618,9 @@ def labelled_windows(config, windows: Windows) -> np.ndarray:
 def train_lam(config, windows, method, labelled=None, checkpoint=None):
     """Train a method's networks, or a reference's, on windows -> (networks, history of `train`).
     True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
-    device = windows.device
+    device, (H, W) = windows.device, windows.video.frames.shape[2:4]
+    require(H == W == config.frame_size,
+            f"frames are {H} x {W} pixels, where frame_size is {config.frame_size}")
     actions = windows.video.actions.shape[2] if method in SUPERVISED else 0
     networks = make_networks(config, method, actions).to(device)
     idm = networks["idm"]
@@ -681,11 +686,13 @@ def r2(prediction, target) -> float:
     return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
 
 def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """Frame t + 1 with the agent masked out, averaged in a 4x4 grid: (n, 48) f32."""
-    index = torch.from_numpy(windows.index(chosen, 1)[:, 6])
+    """Frame t + 1 with the agent masked out, averaged in a 4x4 grid: (n, 48) f32. Whatever masks
+    are learnt with, here they are the video's: else what leaks would be the agent."""
+    index, masks = windows.index(chosen, 1)[:, 6], torch.from_numpy(windows.video.masks)
     blocks = []
-    for part in index.split(500):
-        behind = (windows.masks[part, None] < 26).float()  # (n, 1, H, W), no outlines either
+    for part in torch.from_numpy(index).split(500):
+        behind = masks.flatten(0, 1)[part, None].to(windows.frames.device)
+        behind = (behind < 26).float()  # (n, 1, H, W), no outlines either
         frames = windows.frames[part].permute(0, 3, 1, 2) * behind
         weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1e-3)
         blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
@@ -733,19 +740,16 @@ def regress(config, network, inputs, targets, rows, held=None, **how):
 
     @torch.no_grad()
     def report(step):
-        if held is None:
-            return None
         parts = np.array_split(held, math.ceil(len(held) / 1000))
         return sum(float(error(part)) * len(part) for part in parts) / len(held)
 
-    return train(network, loss, report=report, **how)
+    return train(network, loss, report=None if held is None else report, **how)
 
 def regress_few(config, network, inputs, targets, rows, **how):
     """`regress` for few labels: the last fifth of the rows says after how many updates the network
     has learnt the most; then it starts again and learns from all rows for as long."""
     fresh = copy.deepcopy(network.state_dict())
-    fit = functools.partial(regress, config, network, inputs, targets,
-                            updates=config.decoder_updates, **how)
+    fit = functools.partial(regress, config, network, inputs, targets, **how)
     first, held = np.split(rows, [len(rows) * 2 // 5 * 2])  # even: the decoder's are pairs
     stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
     network.load_state_dict(fresh)
@@ -796,14 +800,16 @@ def decode(config, policy, windows, targets, labelled, text):
     whole = LatentPolicy(config, actions.shape[1]).to(windows.device)
     whole.policy.load_state_dict(policy.state_dict())
     regress_few(config, whole.decoder, lambda batch: z[batch], actions,
-                np.arange(len(actions)), text=f"{text} decoder", lr=1e-3)
+                np.arange(len(actions)), text=f"{text} decoder", updates=config.decoder_updates,
+                lr=1e-3)
     return whole.eval()
 
 def clone_labels(config, windows, labelled):
-    """Behaviour cloning of the labelled windows (n,) alone, for as long as serves it -> policy."""
+    """Behaviour cloning of the labelled windows (n,) alone -> policy. It may learn for as long as
+    other policies; where less serves it better, less."""
     policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
     regress_few(config, policy, windows.seen, windows.actions(), labelled, text="labels-only",
-                lr=config.policy_lr)
+                updates=config.policy_updates, lr=config.policy_lr)
     return policy
 
 def action_nmse(policy, windows) -> float:
@@ -1198,7 +1204,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         if level not in DISTRACTORS:
             raise ValueError(f"level is {level!r}; it must be one of {', '.join(DISTRACTORS)}")
         self.level, self.correlation, self.speed = level, correlation, speed
-        self.size, self.files = size, files
+        self.size, self.files = size, tuple(map(Path, files))
         self.action_dim = self.action_space.shape[0]
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, self.action_dim))
         self.tied = tied or backdrop(files).tie(uniform, 0)
@@ -1295,9 +1301,9 @@ def task_camera(config):
 
 def make_env(config, split="training"):
     """The task's environment with the config's distractors, of those that a split may show."""
+    tied = tied_background(replace(config, correlation=0))  # the same whatever rho is
     return Distractors(bare_env(config.task), config.distractor, config.correlation, config.speed,
-                       task_camera(config), config.frame_size,
-                       tied_background(replace(config, correlation=0)),
+                       task_camera(config), config.frame_size, tied,
                        footage(config.backgrounds, split))
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
@@ -1374,11 +1380,19 @@ def record(config, folder, pmap=itertools.starmap):
 
 # ==== 12. Masks [mask] ============================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
-# --masks sam the segmentation model SAM (arXiv 2304.02643) finds the agent on a few keyframes and a
-# student learns from those to mask every frame; with --masks student the simulator does SAM's part.
+# --masks sam the segmentation model SAM (arXiv 2304.02643) is shown a point of the agent on a few
+# keyframes, and finds it there; a student learns from those to mask every frame. With --masks
+# student the simulator does SAM's part.
 def sam_path(model: str, file: str = "") -> Path:
     """Where the checkpoint of a SAM is: `file`, or its place in torch's hub cache."""
     return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
+
+def with_masks_named(config):
+    """The config with the source that --masks auto stands for: sam if its checkpoint is at hand."""
+    if config.masks != "auto":
+        return config
+    found = config.sam_checkpoint or os.path.exists(sam_path(config.sam_model))
+    return replace(config, masks="sam" if found else "simulator")
 
 def load_sam(model: str, file: str, device):
     """Official SamPredictor; without `file` its checkpoint is downloaded once, hash checked."""
@@ -1397,22 +1411,28 @@ def load_sam(model: str, file: str, device):
         raise UserError(f"--sam-checkpoint {path} is no checkpoint of {model} "
                         f"({first_line(error)})") from error
 
+def clicks(masks: np.ndarray) -> np.ndarray:
+    """Where one would click on the agents of masks (n, H, W) u8: in each the point farthest from
+    the border, as SAM's authors prompt it -> (n, 1, 2), x and y in pixels."""
+    x, W = torch.from_numpy(masks).float()[:, None], masks.shape[2]
+    depth = sum(-F.max_pool2d(-x, 2 * reach + 1, 1, reach) for reach in range(W // 8))
+    deepest = depth.flatten(1).argmax(1).numpy()
+    return np.stack([deepest % W, deepest // W], 1)[:, None] + 0.5
+
 @torch.no_grad()
-def segment(predictor, frames: np.ndarray, points=None, labels=(1,), checkpoint=None):
+def segment(predictor, frames: np.ndarray, points, labels=(1,), checkpoint=None):
     """SAM's candidates for frames (n, H, W, 3) u8: masks (n, 3, H, W) bool, its own IoUs (n, 3).
 
-    points (m, 2), x and y in pixels, with labels (m,) 1 = on the agent, 0 = off it; without points,
-    one point and a box where a camera that follows the agent shows it. `checkpoint` (a path) keeps
-    what is done."""
-    size, box = frames.shape[1], None
-    if points is None:
-        points, box = [[0.5 * size, 0.42 * size]], size * np.array([0.05, 0.1, 0.95, 0.9])
+    points: x and y in pixels, (m, 2) the same for all frames or (n, m, 2), with labels (m,) 1 = on
+    the agent, 0 = off it. `checkpoint` (a path) keeps what is done."""
+    points = np.broadcast_to(points, (len(frames), *np.shape(points)[-2:]))
     found = load_torch(checkpoint) if checkpoint and checkpoint.exists() else []
-    for frame in tqdm(frames[len(found):], "SAM", len(frames), initial=len(found), leave=False):
+    left = range(len(found), len(frames))
+    for i in tqdm(left, "SAM", len(frames), initial=len(found), leave=False):
         with autocast(predictor.device):
-            predictor.set_image(frame)
+            predictor.set_image(frames[i])
         predictor.features = predictor.features.float()
-        mask, score, _ = predictor.predict(np.array(points), np.array(labels), box)
+        mask, score, _ = predictor.predict(points[i], np.array(labels))
         found.append((torch.from_numpy(mask), torch.from_numpy(score)))
         if checkpoint:
             save_torch(checkpoint, found)
@@ -1492,12 +1512,14 @@ def find_masks(config, videos, device, checkpoint=None):
     e, t = np.nonzero(training.valid)
     spread = np.linspace(0, len(e) - 1, config.keyframes).astype(int)
     frames, truth = training.frames[e[spread], t[spread]], training.masks[e[spread], t[spread]]
+    shown = (truth >= 128).any((1, 2))  # nobody can click on an agent that is not there
+    frames, truth = frames[shown], truth[shown]
     labels = truth
     if config.masks == "sam":
         predictor = load_sam(config.sam_model, config.sam_checkpoint, device)
         if torch.device(device).type == "cpu":  # 14 s each were measured on two cores
             print(f"{len(frames)} keyframes: vit_b takes ~{len(frames) * 14 // 60} minutes")
-        found, scores = segment(predictor, frames, checkpoint=checkpoint)
+        found, scores = segment(predictor, frames, clicks(truth), checkpoint=checkpoint)
         labels = np.uint8(255) * found[np.arange(len(found)), choose_masks(found, scores)]
     student = train_student(config, frames, labels, device)
 
@@ -1519,18 +1541,19 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
         x = sign * F.max_pool2d(sign * x, 2 * reach + 1, 1, reach)
     x = F.pad(x, (config.shift, 0))[..., :x.shape[-1]]
     worse = x[:, 0].byte().numpy()
-    for mask in worse if config.occlude else ():
-        y, x = np.nonzero(mask >= 128)
-        while len(y) and (mask[y, x] == 0).mean() < config.occlude:
-            i, (h, w) = rng.integers(len(y)), rng.integers(1, mask.shape[0] // 8 + 1, 2)
-            mask[max(y[i] - h, 0):y[i] + h, max(x[i] - w, 0):x[i] + w] = 0
+    for mask in worse:
+        rows, columns = np.nonzero(mask >= 128)
+        while len(rows) and (mask[rows, columns] == 0).mean() < config.occlude:
+            i, (h, w) = rng.integers(len(rows)), rng.integers(1, mask.shape[0] // 8 + 1, 2)
+            y, x = rows[i], columns[i]
+            mask[max(y - h, 0):y + h, max(x - w, 0):x + w] = 0
     return worse
 
 def check_masks(masks: np.ndarray, name: str):
     """UserError where masks leave nothing to weight the loss with."""
     area = float((masks >= 128).mean())
     require(area > 1e-3, f"the masks of {name} video are empty ({100 * area:.2f} % of the frame): "
-            "less of --erode, --shift, --occlude, or other --masks")
+            "less of --erode, --shift, --occlude, other --masks, or a larger --zoom")
 
 def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above, at `where`."""
@@ -1595,10 +1618,10 @@ COLUMNS = {"probe_nmse": "NMSE", "probe_nmse_noise": "of noise",
            "probe_nmse_decorrelated": "rho = 0", "leakage_r2": "leakage",
            "return_mean": "return", "return_std": "+-", "normalized_return": "normalised",
            "labels": "labels"}
-TITLES = {"probe_nmse": "probe NMSE of the action (lower is better)",
-          "probe_nmse_noise": "... of what no past frame tells",
-          "probe_nmse_decorrelated": "... where the background ignores it",
-          "leakage_r2": "R2 of the next background (lower is better)",
+TITLES = {"probe_nmse": "NMSE of the action (lower is better)",
+          "probe_nmse_noise": "NMSE of its noise (1: a pose at most)",
+          "probe_nmse_decorrelated": "NMSE of the action, rho = 0",
+          "leakage_r2": "leakage: R2 of the next background",
           "return_mean": "return (higher is better)",
           "normalized_return": "return: 0 = random, 1 = expert",
           "action_nmse": "NMSE of the policy's actions (lower is better)"}
@@ -1612,17 +1635,18 @@ def normalized(value, chance, expert):
             "search the task's expert again, or evaluate longer")
     return (value - chance) / (expert - chance)
 
+def brief(value) -> str:
+    """A number as tables show it; nothing for None."""
+    if value is None or isinstance(value, int):
+        return "" if value is None else str(value)
+    return f"{value:.0f}" if abs(value) >= 10 else f"{round(value, 2) + 0:.2f}"  # no -0.00
+
 def table(results: dict) -> str:
     """The results' methods and references as lines of text."""
-    def cell(value):
-        if value is None or isinstance(value, int):
-            return "" if value is None else str(value)
-        return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
-
     ends = {name: dict(return_mean=results[name + "_return"]) for name in ("expert", "random")}
     lines = [" " * 16 + "".join(f"{title:>11}" for title in COLUMNS.values())]
     for name, row in (results["methods"] | ends).items():
-        lines.append(f"{name:16}" + "".join(f"{cell(row.get(key)):>11}" for key in COLUMNS))
+        lines.append(f"{name:16}" + "".join(f"{brief(row.get(key)):>11}" for key in COLUMNS))
     lines.append(f"noise is {results['noise_share']:.2f} of the actions' variance")
     return "\n".join(lines)
 
@@ -1656,8 +1680,10 @@ def plot_summary(results, predictions, path):
     for ax, key in zip(axes, ("probe_nmse", "probe_nmse_noise", "leakage_r2", "return_mean")):
         rows = {name: row for name, row in results["methods"].items() if key in row}
         spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
-        ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
-               color=[COLORS.get(name, "black") for name in rows])
+        bars = ax.bar(list(rows), [row[key] for row in rows.values()], yerr=spread,
+                      color=[COLORS.get(name, "black") for name in rows])
+        ax.bar_label(bars, fmt=brief, fontsize=8, padding=1)
+        ax.margins(y=0.12)
         ax.tick_params(axis="x", labelrotation=30, labelsize=8)
         ax.set_title(TITLES[key], fontsize=9)
     for (name, (true, predicted, mask)), row in zip(predictions.items(), grid):
@@ -1681,22 +1707,31 @@ def plot_masks(frames, labels, students, truth, path):
     save_figure(figure, path)
 
 def plot_sweep(rows: list[dict], path, title, what):
-    """A panel for every number in the rows, a line for every method over the points, which are
-    values of `what`; of a method that has one point only, a line across."""
+    """A panel for every number in the rows: a line for every method over values of the flag `what`,
+    or dots beside words; a method that has one point only is a line across."""
     keys = [key for key in rows[0] if key in TITLES]
+    places = sorted({float(row["point"]) for row in rows}) if what else [0]
     figure = Figure(figsize=(4 * len(keys), 3.5), layout="constrained")
-    for ax, key in zip(np.atleast_1d(figure.subplots(1, len(keys))), keys):
+    axes = figure.subplots(1, len(keys), sharey=not what, squeeze=False)[0]
+    for ax, key in zip(axes, keys):
         for method in dict.fromkeys(row["method"] for row in rows):
-            mine = [row for row in rows if row["method"] == method]
+            mine = [(row["point"], row[key]) for row in rows if row["method"] == method]
+            names, values = zip(*mine)
             look = dict(color=COLORS.get(method, "black"), label=method)
             if len(mine) == 1:
-                ax.axhline(mine[0][key], linestyle="--", **look)
+                (ax.axhline if what else ax.axvline)(values[0], linestyle="--", **look)
+            elif what:
+                ax.plot(list(map(float, names)), values, "o-", **look)
             else:
-                ax.plot([row["point"] for row in mine], [row[key] for row in mine], "o-", **look)
+                ax.plot(values, names, "o", **look)
         ax.set_title(TITLES[key], fontsize=9)
         ax.set_xlabel(what)
-        if not what:  # points are words
-            ax.tick_params(axis="x", labelrotation=90, labelsize=8)
+        if 0 < 30 * places[0] < places[-1]:
+            ax.set_xscale("log")
+            ax.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
+            ax.minorticks_off()
+    if not what:
+        ax.invert_yaxis()  # the first point on top, in all panels
     ax.legend(fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
@@ -1715,7 +1750,8 @@ def save_animation(films, path, seconds, scale=3):
                        duration=round(1000 * seconds), loop=0)
 
 def summarize(results: list[dict]) -> dict:
-    """Mean, standard deviation, median and 95 % t-interval half-width over the seeds' results."""
+    """Mean, standard deviation, median and half-width of the 95 % t-interval over the seeds'
+    results (of more than ten seeds a little too wide)."""
     n, methods = len(results), {}
     t95 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n - 1, 9)]
     for name, row in results[0]["methods"].items():
@@ -1731,7 +1767,8 @@ def summarize(results: list[dict]) -> dict:
 # In: the command line. Out: a run's folder. A stage's results are cached under a key made of the
 # config fields and the source text that they depend on, written whole or not at all, and taken up
 # again where a killed run stopped.
-VERSIONS = {library.__name__: library.__version__ for library in (torch, mujoco, gym, np)}
+VERSIONS = {name: importlib.metadata.version(name) for name in (
+    "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow")}
 
 @functools.cache
 def source_text(stage: str) -> str:
@@ -1800,8 +1837,9 @@ class Run:
     named result, or takes it from the cache."""
 
     def __init__(self, config: Config, folder: Path, device, pool=None):
-        self.config, self.folder, self.device, self.pool = config, folder, device, pool
-        self.cache, self.seconds = folder / "cache", {stage: {} for stage in STAGES[:-1]}
+        self.config, self.folder, self.device = with_masks_named(config), folder, device
+        self.pool, self.cache = pool, folder / "cache"
+        self.seconds = {stage: {} for stage in STAGES[:-1]}
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def path(self, stage, name) -> Path:
@@ -1881,7 +1919,7 @@ class Run:
     def windows(self):
         """Training, held-out and decorrelated video with their masks."""
         _, masks, _ = self.masks
-        return [Windows(replace(video, masks=masks[name]), self.device, self.config.mask_input)
+        return [Windows(video, self.device, self.config.mask_input, masks[name])
                 for name, video in self.videos.items()]
 
     @property
@@ -1942,10 +1980,7 @@ class Run:
             policy, targets = self.policy(name), self.targets(name)
             return decode(config, policy, training, targets, labelled, name).state_dict()
 
-        if name == "labels-only":
-            fresh = make_policy(config, self.actions)
-        else:
-            fresh = LatentPolicy(config, self.actions)
+        fresh = (make_policy if name == "labels-only" else LatentPolicy)(config, self.actions)
         return self.cached("decode", name, compute, fresh), len(labelled)
 
     def evaluate(self, name):
@@ -2043,6 +2078,8 @@ class Run:
         training that was stopped and taken up again seems faster than it was."""
         config, rates = self.config, {}
         for stage, updates in (("lam", config.lam_updates), ("policy", config.policy_updates)):
+            for name in config.methods:
+                getattr(self, stage)(name)  # with its seconds, from the cache
             seconds = [self.seconds[stage][name] for name in config.methods]
             rates[stage] = round(config.batch_size * updates / np.mean(seconds))
         return rates | dict(frames=round(self.frames / self.seconds["record"]["video"]))
@@ -2189,21 +2226,23 @@ def parse(argv):
     parser.error = functools.partial(require, False)  # a UserError
     seeds = parser.add_mutually_exclusive_group()
     for f in fields(Config):
-        kind = dict(type=type(f.default), choices=f.metadata["choices"])
+        kind, shown = dict(type=type(f.default), choices=f.metadata["choices"]), str(f.default)
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         elif isinstance(f.default, tuple):
             kind |= dict(type=type(f.default[0]), nargs="+")
+            shown = " ".join(map(str, f.default))
         group = seeds if f.name == "seed" else parser
         group.add_argument(flag(f.name), **kind,
-                           help=f"{f.metadata['help']} (default {f.default})")
+                           help=f"{f.metadata['help']} (default {shown or 'none'})")
     seeds.add_argument("--seeds", type=int, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--preset", choices=PRESETS, default="laptop",
                         help="sizes of everything (default laptop); gpu, paper: not yet run")
-    parser.add_argument("--out", default="runs", help="folder for run folders")
+    parser.add_argument("--out", default="runs", help="folder for run folders (default runs)")
     parser.add_argument("--fresh", action="store_true", default=False, help="empty the cache first")
     goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--until", choices=STAGES, default="report", help="the last stage")
+    goal.add_argument("--until", choices=STAGES, default="report",
+                      help="the last stage (default report)")
     goal.add_argument("--sweep", choices=SWEEPS, default=None,
                       help="run the points of SWEEPS with this name: a CSV file and a figure")
     goal.add_argument("--train-expert", action="store_true", default=False,
@@ -2212,10 +2251,7 @@ def parse(argv):
 
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()
              if hasattr(Config, k)}
-    config = Config(**PRESETS[options.preset] | given)
-    if config.masks == "auto":
-        found = config.sam_checkpoint or os.path.exists(sam_path(config.sam_model))
-        config = replace(config, masks="sam" if found else "simulator")
+    config = with_masks_named(Config(**PRESETS[options.preset] | given))
     points = sweep_points(config, options.sweep) if options.sweep else [{}]
     for point in points:
         for name in point:
@@ -2242,7 +2278,7 @@ def own_folder(folder, config, fresh):
             if fresh:
                 files = [p for p in cache.rglob("*") if p.is_file()]
                 check_room(config, cache, sum(p.stat().st_size for p in files))
-                cache.rename(folder / "cache.tmp")
+                cache.rename(folder / f"cache.{time.time_ns()}.tmp")
                 cache.mkdir()
             for left in [*folder.rglob("*.tmp")]:  # of killed runs
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)

@@ -92,7 +92,9 @@ def test_every_config_field_is_a_flag_documented_with_its_default(capsys):
     text = "".join(capsys.readouterr().out.split())  # argparse breaks lines, at hyphens too
     assert (Config().background_weight, Config().offset) == (0, 1)  # what makes it MaskLAM
     for f in fields(Config):
-        shown = f"{f.metadata['help']} (default {f.default})"
+        default = f.default if isinstance(f.default, tuple) else [f.default]
+        words = " ".join(map(str, default)) or "none"
+        shown = f"{f.metadata['help']} (default {words})"
         assert "--" + f.name.replace("_", "-") in text and "".join(shown.split()) in text, f.name
 
 
@@ -876,8 +878,8 @@ def fitted_sam(tmp_path_factory):
     predictor = SamPredictor(sam)
     images = torch.stack([torch.from_numpy(predictor.transform.apply_image(f)) for f in frames])
     truth = torch.from_numpy(masks >= 128).float()
-    points = torch.tensor([[[0.5, 0.42]]]) * 256, torch.ones(1, 1, dtype=torch.int)
-    box = torch.tensor([[0.05, 0.1, 0.95, 0.9]]) * 256
+    points = torch.from_numpy(masklam.clicks(masks)) * 256 / 64  # (n, 1, 2)
+    on = torch.ones(1, 1, dtype=torch.int)
     optimizer, rng = torch.optim.AdamW(sam.parameters()), np.random.default_rng(0)
     for step in range(70):
         for group in optimizer.param_groups:
@@ -885,8 +887,8 @@ def fitted_sam(tmp_path_factory):
         batch = rng.integers(len(images), size=8)
         embeddings = sam.image_encoder(sam.preprocess(images[batch].permute(0, 3, 1, 2)))
         loss = 0
-        for embedding, mask in zip(embeddings.split(1), truth[batch]):
-            sparse, dense = sam.prompt_encoder(points=points, boxes=box, masks=None)
+        for embedding, point, mask in zip(embeddings.split(1), points[batch], truth[batch]):
+            sparse, dense = sam.prompt_encoder(points=(point[None], on), boxes=None, masks=None)
             logits, iou = sam.mask_decoder(embedding, sam.prompt_encoder.get_dense_pe(), sparse,
                                            dense, multimask_output=True)  # (1, 3, 64, 64)
             inside = logits.sigmoid()
@@ -908,37 +910,79 @@ def small_registry(monkeypatch):
 def test_sam_finds_the_agent_on_unseen_backgrounds(fitted_sam, small_registry, tmp_path):
     frames, truth = agent_frames(range(500, 506))
     predictor = masklam.load_sam("vit_b", str(fitted_sam), "cpu")
-    candidates, scores = masklam.segment(predictor, frames, checkpoint=tmp_path / "partial")
+    points = masklam.clicks(truth)
+    candidates, scores = masklam.segment(predictor, frames, points, checkpoint=tmp_path / "partial")
     assert candidates.shape == (36, 3, 64, 64) and scores.shape == (36, 3)
     chosen = candidates[np.arange(36), masklam.choose_masks(candidates, scores)]
     iou = masklam.mask_iou(chosen * np.uint8(255), truth)
     assert iou >= 0.7, iou
     predictor.model.image_encoder = None  # what is done is not done again
-    again, _ = masklam.segment(predictor, frames, checkpoint=tmp_path / "partial")
+    again, _ = masklam.segment(predictor, frames, points, checkpoint=tmp_path / "partial")
     assert (again == candidates).all()
 
 
-def test_sam_is_prompted_with_points_or_with_where_the_camera_shows_the_agent():
-    seen = []
+class RecordingPredictor:
+    """Notes what it is prompted with, and says that the whole frame is the agent."""
 
-    class Predictor:
-        device, features = torch.device("cpu"), None
+    device, features = torch.device("cpu"), None
 
-        def set_image(self, frame):
-            assert frame.shape == (64, 64, 3) and frame.dtype == np.uint8
-            self.features = torch.zeros(1, 64, 16, 16)
+    def __init__(self):
+        self.seen = []
 
-        def predict(self, points, labels, box):
-            seen.append((np.array(points).tolist(), np.array(labels).tolist(), box))
-            return np.zeros((3, 64, 64), bool), np.zeros(3, np.float32), None
+    def set_image(self, frame):
+        assert frame.shape == (64, 64, 3) and frame.dtype == np.uint8
+        self.features = torch.zeros(1, 64, 16, 16)
 
-    frames = np.zeros((1, 64, 64, 3), np.uint8)
-    masklam.segment(Predictor(), frames, [(3, 40), (12, 30)], [1, 0])
-    masklam.segment(Predictor(), frames)
-    assert seen[0] == ([[3, 40], [12, 30]], [1, 0], None)
-    (((x, y),), labels, (left, top, right, bottom)) = seen[1]
-    assert labels == [1] and left < x < right and top < y < bottom
-    assert 20 < x < 44 and 20 < y < 44 and (right - left) * (bottom - top) > 0.5 * 64**2
+    def predict(self, points, labels):
+        assert points.shape == (len(labels), 2)
+        self.seen.append((points.tolist(), labels.tolist()))
+        return np.ones((3, 64, 64), bool), np.zeros(3, np.float32), None
+
+
+def test_sam_is_prompted_with_the_points_of_all_frames_or_of_each():
+    predictor, frames = RecordingPredictor(), np.zeros((2, 64, 64, 3), np.uint8)
+    masklam.segment(predictor, frames, [(3, 40), (12, 30)], [1, 0])
+    masklam.segment(predictor, frames, [[(5, 6)], [(7, 8)]])
+    for_all, each = predictor.seen[:2], predictor.seen[2:]
+    assert for_all == [([[3, 40], [12, 30]], [1, 0])] * 2
+    assert each == [([[5, 6]], [1]), ([[7, 8]], [1])]
+
+
+def test_keyframes_without_an_agent_are_not_shown_to_sam(monkeypatch):
+    frames, masks = (np.zeros((1, 16, 64, 64, *c), np.uint8) for c in ((3,), ()))
+    masks[0, ::2, 20:40, 20:40] = 255
+    predictor = RecordingPredictor()
+    monkeypatch.setattr(masklam, "load_sam", lambda *_: predictor)
+    config = replace(SMOKE, masks="sam", keyframes=16, student_updates=1)
+    masklam.find_masks(config, {"training": masklam.Video(frames, masks, np.array([16]))}, "cpu")
+    assert len(predictor.seen) == 8
+
+
+def test_a_click_is_the_point_of_the_agent_farthest_from_its_border():
+    masks = np.zeros((2, 64, 64), np.uint8)
+    masks[0, 10:19, 30:39] = masks[0, 10, 5:60] = 255  # a body and thin limbs
+    masks[1, 40:45, 2:60] = 255
+    (body,), (bar,) = masklam.clicks(masks)
+    assert body.tolist() == [34.5, 14.5] and bar[1] == 42.5
+
+
+@pytest.mark.parametrize("task", masklam.TASKS)
+def test_sam_is_shown_a_point_of_the_agent_in_every_keyframe(task, monkeypatch):
+    env = masklam.make_env(replace(SMOKE, task=task))
+    frame, info = env.reset(seed=0)
+    shots = [(frame, info["mask"])]
+    for _ in range(15):
+        frame, _, _, _, info = env.step(env.action_space.sample())
+        shots.append((frame, info["mask"]))
+    frames, masks = (np.stack(x)[None] for x in zip(*shots))
+    video = masklam.Video(frames, masks, np.array([16]))
+    predictor = RecordingPredictor()
+    monkeypatch.setattr(masklam, "load_sam", lambda *_: predictor)
+    config = replace(SMOKE, task=task, masks="sam", keyframes=16, student_updates=1)
+    masklam.find_masks(config, {"training": video}, "cpu")
+    assert len(predictor.seen) == 16
+    for (((x, y),), labels), mask in zip(predictor.seen, masks[0]):
+        assert labels == [1] and mask[int(y), int(x)] >= 128
 
 
 def test_the_candidate_that_resembles_the_other_keyframes_is_chosen():
@@ -1108,6 +1152,20 @@ def test_the_laptops_networks_move_pixels_and_hidden_adds_a_layer():
     reach = torch.nonzero((fdm(other, z) != still)[0].any(0))
     patch = config.patch  # further than the patch that the pixel lies in
     assert (reach.amax(0) - reach.amin(0) >= 2 * patch).all()
+
+
+@pytest.mark.parametrize("fault, words", [
+    (dict(length=np.array([9, 10, 3, 2, 5])), "length"),
+    (dict(frames=np.zeros((5, 9, 8, 8, 3), np.float32)), "bytes"),
+    (dict(masks=np.zeros((5, 9, 8, 8), bool)), "bytes")])
+def test_a_video_that_would_be_misread_is_refused(fault, words):
+    with pytest.raises(masklam.UserError, match=words):
+        Windows(replace(random_video(), **fault))
+
+
+def test_frames_of_another_size_than_the_configs_are_refused():
+    with pytest.raises(masklam.UserError, match="frame_size"):
+        masklam.train_lam(replace(TINY, frame_size=64), tiny_windows(), "lapo")
 
 
 def tiny_windows():
@@ -1426,6 +1484,14 @@ def test_the_next_background_is_the_mean_of_what_is_not_agent():
         np.testing.assert_allclose(got[i, :, 1, 2], expected, rtol=1e-5)
 
 
+def test_leakage_is_measured_behind_the_true_agent_whatever_masks_are_learnt_with():
+    video = random_video()
+    chosen = np.arange(len(Windows(video)))
+    worse = Windows(video, masks=np.zeros_like(video.masks))
+    got, true = (masklam.next_background(w, chosen) for w in (worse, Windows(video)))
+    assert (got == true).all() and worse.batch(chosen)[2].max() == 0
+
+
 def test_a_background_of_one_colour_knows_nothing_of_the_pose(tmp_path):
     masklam.record(replace(TINY, distractor="none", frame_size=64), tmp_path)
     windows = Windows(Video.open(tmp_path / "training"))
@@ -1600,7 +1666,8 @@ def test_few_labels_are_all_learnt_in_the_end(monkeypatch):
         return [(10, 1.0, 0.5), (20, 0.5, 0.2), (30, 0.1, 0.3)]
 
     monkeypatch.setattr(masklam, "regress", regress)
-    masklam.regress_few(TINY, torch.nn.Linear(1, 1), None, None, np.arange(20), text="x", lr=1)
+    masklam.regress_few(TINY, torch.nn.Linear(1, 1), None, None, np.arange(20), text="x", lr=1,
+                        updates=30)
     (first, held, none), (rows, no, stop) = calls
     assert first == list(range(16)) and held.tolist() == [16, 17, 18, 19] and none is None
     assert rows == list(range(20)) and no is None and stop == 20
@@ -1614,9 +1681,9 @@ def test_few_labels_are_learnt_from_no_longer_than_serves_the_unseen():
     targets = rng.standard_normal((100, 2)).astype(np.float32)
     network = torch.nn.Sequential(torch.nn.Linear(8, 256), torch.nn.ReLU(),
                                   torch.nn.Linear(256, 2))
-    config = replace(TINY, batch_size=64, decoder_updates=1000)
+    config = replace(TINY, batch_size=64)
     masklam.regress_few(config, network, lambda b: inputs[torch.from_numpy(b)], targets,
-                        np.arange(100), text="few", lr=1e-3)
+                        np.arange(100), text="few", lr=1e-3, updates=1000)
     with torch.no_grad():
         learnt = masklam.nmse(network(inputs).numpy(), targets).mean()
     assert learnt > 0.3  # a thousand updates would know them by heart
@@ -1787,8 +1854,8 @@ def test_the_summary_shows_a_bar_for_every_number_and_what_was_predicted(figures
     (figure,) = figures
     panels, rest, shown = figure.axes[:4], figure.axes[4:], {}
     titles = [panel.get_title() for panel in panels]
-    for key, words in dict(probe_nmse="probe NMSE of the action", return_mean="return",
-                           probe_nmse_noise="no past frame", leakage_r2="background").items():
+    for key, words in dict(probe_nmse="NMSE of the action", return_mean="return",
+                           probe_nmse_noise="of its noise", leakage_r2="background").items():
         (panel,) = [p for p, title in zip(panels, titles) if words in title]
         expected = {name: row[key] for name, row in results["methods"].items() if key in row}
         labels = [label.get_text() for label in panel.get_xticklabels()]
@@ -1796,6 +1863,8 @@ def test_the_summary_shows_a_bar_for_every_number_and_what_was_predicted(figures
         assert dict(zip(labels, heights)) == expected and len(heights) == len(expected)
         for name, bar in zip(labels, panel.patches):
             assert shown.setdefault(name, bar.get_facecolor()) == bar.get_facecolor()
+        written = [text.get_text() for text in panel.texts]
+        assert written == [masklam.brief(height) for height in heights]
         spread = panel.containers[0].errorbar if key != "return_mean" else None
         assert spread is None
         if key == "return_mean":
@@ -1853,12 +1922,24 @@ def test_a_sweep_has_a_panel_for_every_number_and_a_line_for_every_method(figure
         for line, method in zip(panel.lines, ("lapo", "masklam")):
             mine = [row for row in rows if row["method"] == method]
             assert line.get_label() == method
-            assert list(line.get_xdata(orig=True)) == [row["point"] for row in mine]
+            assert list(line.get_xdata()) == [float(row["point"]) for row in mine]
             assert list(line.get_ydata()) == [row[key] for row in mine]
         across = panel.lines[2]
         assert across.get_label() == "laom" and set(across.get_ydata()) == {rows[-1][key]}
     named = [text.get_text() for text in panels[-1].get_legend().get_texts()]
     assert named == ["lapo", "masklam", "laom"]
+
+
+def test_a_sweeps_axis_is_to_scale_and_words_are_not_joined(figures, tmp_path):
+    def axis(points, what):
+        rows = [dict(point=point, method="masklam", probe_nmse=0.5) for point in points]
+        masklam.plot_sweep(rows, tmp_path / "sweep.png", "", what)
+        return figures.pop().axes[0]
+
+    assert axis(["50", "200", "24750"], "--labels").get_xscale() == "log"
+    assert axis(["0.0", "0.05", "1.0"], "--background-weight").get_xscale() == "linear"
+    assert axis(["1", "2", "10"], "--offset").lines[0].get_linestyle() == "-"
+    assert axis(["as it is", "erode 1"], "").lines[0].get_linestyle() == "None"
 
 
 def test_a_figure_is_a_picture_of_what_is_in_it(tmp_path):
@@ -2434,7 +2515,9 @@ def test_fresh_empties_nothing_for_a_recording_that_would_not_fit(copied, capsys
     assert {path: snapshot(copied.parent).get(path) for path in before} == before
 
 
-def test_a_run_goes_on_when_fresh_was_stopped_while_it_emptied_the_cache(copied, monkeypatch):
+@pytest.mark.parametrize("again", [[], ["--fresh"]])
+def test_a_run_goes_on_when_fresh_was_stopped_while_it_emptied_the_cache(
+        again, copied, monkeypatch):
     flags, count, unlink = [*FLAGS, "--out", str(copied.parent), "--until", "record"], [], os.unlink
 
     def stop(*given, **how):
@@ -2446,7 +2529,16 @@ def test_a_run_goes_on_when_fresh_was_stopped_while_it_emptied_the_cache(copied,
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", stop)
         assert masklam.main([*flags, "--fresh"]) == 130
-    assert masklam.main(flags) == 0 and not list(copied.rglob("*.tmp"))
+    assert masklam.main([*flags, *again]) == 0 and not list(copied.rglob("*.tmp"))
+
+
+def test_a_report_by_itself_needs_nothing_but_the_cache(copied):
+    config = replace(masklam.parse(FLAGS)[0], masks="auto")
+    run = masklam.Run(config, copied, torch.device("cpu"))
+    assert run.config.masks == "simulator"  # auto, where no checkpoint is at hand
+    results = run.report()
+    assert results["mask_source"] == "simulator" and set(results["rates"]) == {
+        "frames", "lam", "policy"}
 
 
 @pytest.mark.parametrize("name, size", [("heldout/length.npy", 0), ("training/frames.npy", 5000)])
