@@ -2099,7 +2099,7 @@ def compute_missing(wanted):
         list(map_in(run.pool, compute_in_worker, missing.values()))
 
 SWEEPS = {  # changes of the config, point by point
-    "labels": [dict(labels=n) for n in (50, 200, 800, 3200)],
+    "labels": [dict(labels=n) for n in (25, 50, 100, 200, 800, 3200)],
     "latent": [dict(latent_dim=n) for n in (4, 16, 32, 64, 128, 256, 512)],
     "correlation": [dict(correlation=r) for r in (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)],
     "speed": [dict(speed=v) for v in (0.0, 1.0, 2.0, 3.5, 5.0, 7.0)],
