@@ -688,10 +688,10 @@ def r2(prediction, target) -> float:
 def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
     """Frame t + 1 with the agent masked out, averaged in a 4x4 grid: (n, 48) f32. Whatever masks
     are learnt with, here they are the video's: else what leaks would be the agent."""
-    index, masks = windows.index(chosen, 1)[:, 6], torch.from_numpy(windows.video.masks)
-    blocks = []
-    for part in torch.from_numpy(index).split(500):
-        behind = masks.flatten(0, 1)[part, None].to(windows.frames.device)
+    index = torch.from_numpy(windows.index(chosen, 1)[:, 6])
+    masks, blocks = torch.from_numpy(windows.video.masks).flatten(0, 1), []
+    for part in index.split(500):
+        behind = masks[part, None].to(windows.frames.device)
         behind = (behind < 26).float()  # (n, 1, H, W), no outlines either
         frames = windows.frames[part].permute(0, 3, 1, 2) * behind
         weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1e-3)
@@ -1541,6 +1541,8 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
         x = sign * F.max_pool2d(sign * x, 2 * reach + 1, 1, reach)
     x = F.pad(x, (config.shift, 0))[..., :x.shape[-1]]
     worse = x[:, 0].byte().numpy()
+    if not config.occlude:
+        return worse
     for mask in worse:
         rows, columns = np.nonzero(mask >= 128)
         while len(rows) and (mask[rows, columns] == 0).mean() < config.occlude:
@@ -1980,7 +1982,8 @@ class Run:
             policy, targets = self.policy(name), self.targets(name)
             return decode(config, policy, training, targets, labelled, name).state_dict()
 
-        fresh = (make_policy if name == "labels-only" else LatentPolicy)(config, self.actions)
+        make = make_policy if name == "labels-only" else LatentPolicy
+        fresh = make(config, self.actions)
         return self.cached("decode", name, compute, fresh), len(labelled)
 
     def evaluate(self, name):
@@ -2078,10 +2081,11 @@ class Run:
         training that was stopped and taken up again seems faster than it was."""
         config, rates = self.config, {}
         for stage, updates in (("lam", config.lam_updates), ("policy", config.policy_updates)):
+            seconds = 0
             for name in config.methods:
                 getattr(self, stage)(name)  # with its seconds, from the cache
-            seconds = [self.seconds[stage][name] for name in config.methods]
-            rates[stage] = round(config.batch_size * updates / np.mean(seconds))
+                seconds += self.seconds[stage][name]
+            rates[stage] = round(config.batch_size * updates * len(config.methods) / seconds)
         return rates | dict(frames=round(self.frames / self.seconds["record"]["video"]))
 
 def compute_in_worker(config, folder, stage, name):
