@@ -1300,17 +1300,19 @@ def task_camera(config):
     return camera and (camera[0] / config.zoom, *camera[1:])
 
 def make_env(config, split="training"):
-    """The task's environment with the config's distractors, of those that a split may show."""
-    tied = tied_background(replace(config, correlation=0))  # the same whatever rho is
-    return Distractors(bare_env(config.task), config.distractor, config.correlation, config.speed,
-                       task_camera(config), config.frame_size, tied,
+    """The task's environment with the distractors of a split: footage of its own, and in
+    "decorrelated" a background that no longer follows the action (rho = 0)."""
+    rho = 0.0 if split == "decorrelated" else config.correlation
+    return Distractors(bare_env(config.task), config.distractor, rho, config.speed,
+                       task_camera(config), config.frame_size, tied_background(config),
                        footage(config.backgrounds, split))
 
 cached_env = functools.lru_cache(1)(make_env)  # a worker process uses one environment for long
 
-def record_episode(config, folder, index, seed) -> int:
-    """Record an episode into its place in a folder, named by a split -> how many frames it has."""
-    env, video = cached_env(config, folder.name), Video.open(folder, "r+")
+def record_episode(config, folder, split, index) -> int:
+    """Record an episode into its place in folder/split -> how many frames it has."""
+    env, video = cached_env(config, split), Video.open(folder / split, "r+")
+    seed = episode_seed(config, split, index)
     rng = generator(seed, "act")
     expert, high = load_expert(config.task), env.action_space.high
     scale = noise_scale(config, index, seed)
@@ -1355,8 +1357,8 @@ def record(config, folder, pmap=itertools.starmap):
     """Record three videos, going on where an earlier call was stopped; -> frames recorded.
 
     folder/training, folder/heldout for probing, and folder/decorrelated, as many episodes as
-    heldout whose background no longer follows the action (rho = 0). pmap: `starmap`, or one
-    that works in parallel. UserError where the disk has no room, or the simulation goes astray."""
+    heldout, see `make_env`. pmap: `starmap`, or one that works in parallel. UserError where the
+    disk has no room, or the simulation goes astray."""
     if not folder.exists():
         check_room(config, folder.parent)
     sizes = data_sizes(config)
@@ -1364,16 +1366,14 @@ def record(config, folder, pmap=itertools.starmap):
                     decorrelated=config.heldout_episodes)
     jobs = []
     for split, E in episodes.items():
-        rho = 0.0 if split == "decorrelated" else config.correlation
         if not (folder / split / "length.npy").exists():
             try:
                 Video.create(folder / split, E, config.steps, config.frame_size, *sizes)
             except OSError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-        for i in np.flatnonzero(Video.open(folder / split).length == 0).tolist():
-            seed = episode_seed(config, split, i)
-            jobs.append((replace(config, correlation=rho), folder / split, i, seed))
+        missing = np.flatnonzero(Video.open(folder / split).length == 0).tolist()
+        jobs += [(config, folder, split, index) for index in missing]
 
     return sum(tqdm(pmap(record_episode, jobs), "record", len(jobs), leave=False, unit=" frames",
                     unit_scale=config.steps))

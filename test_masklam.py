@@ -228,10 +228,10 @@ def test_the_trained_gait_stays_within_the_frame(task, tmp_path):
     env = masklam.make_env(config)
     _, info = env.reset(seed=0)
     sizes = env.action_dim, len(info["state"]), len(info["distractor"])
-    masklam.Video.create(tmp_path, 2, config.steps, 64, *sizes)
+    masklam.Video.create(tmp_path / "training", 2, config.steps, 64, *sizes)
     for i in range(2):
-        masklam.record_episode(config, tmp_path, i, i)
-    video = masklam.Video.open(tmp_path)
+        masklam.record_episode(config, tmp_path, "training", i)
+    video = masklam.Video.open(tmp_path / "training")
     masks = video.masks
     border = np.concatenate([masks[..., [0, -1], :], masks[..., [0, -1]].swapaxes(2, 3)], 3)
     gait, exploration = (border >= 128).any((2, 3)).mean(1)
