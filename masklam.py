@@ -615,9 +615,9 @@ def labelled_windows(config, windows: Windows) -> np.ndarray:
     place = np.argsort(order)[windows.e[demonstrations]]
     return demonstrations[np.argsort(place, kind="stable")][:config.labels]
 
-def train_lam(config, windows, method, labelled=None, checkpoint=None):
+def train_lam(config, windows, method, checkpoint=None):
     """Train a method's networks, or a reference's, on windows -> (networks, history of `train`).
-    True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
+    True actions are seen by references and, of `labelled_windows`, by laom-labels."""
     device, (H, W) = windows.device, windows.video.frames.shape[2:4]
     require(H == W == config.frame_size,
             f"frames are {H} x {W} pixels, where frame_size is {config.frame_size}")
@@ -625,6 +625,7 @@ def train_lam(config, windows, method, labelled=None, checkpoint=None):
     networks = make_networks(config, method, actions).to(device)
     idm = networks["idm"]
     weight = 1.0 if method == "lapo" else config.background_weight
+    labelled = labelled_windows(config, windows)
 
     def action_error(chosen):
         z = idm(windows.seen(chosen, idm.frames))
@@ -1931,13 +1932,12 @@ class Run:
 
     def lam(self, name):
         """-> the networks of a method or a reference, see `make_networks`."""
-        config, training = self.config, self.windows[0]
-
         def compute(partial):
-            labelled = labelled_windows(config, training)
-            return train_lam(config, training, name, labelled, partial)[0].state_dict()
+            networks, _ = train_lam(self.config, self.windows[0], name, partial)
+            return networks.state_dict()
 
-        return self.cached("lam", name, compute, make_networks(config, name, self.actions))
+        fresh = make_networks(self.config, name, self.actions)
+        return self.cached("lam", name, compute, fresh)
 
     def probe(self, name):
         """-> the probe's numbers of a method's frozen IDM, or of a reference."""
