@@ -1849,17 +1849,20 @@ class Run:
         return self.cache / f"{stage}-{name}-{cache_key(self.config, stage, name)}.pt"
 
     def cached(self, stage, name, compute, fresh=None):
-        """compute(checkpoint path) -> payload of tensors and numbers, or the one from the cache.
-        With a fresh network the payload is its weights, and the network with them is returned."""
+        """compute(checkpoint path) -> tensors and numbers, or what it once returned, from the
+        cache. A network is kept as its weights, which are loaded into `fresh`, one of its kind.
+        Arrays lie in a folder beside, and are checked when they are used again."""
         path = self.path(stage, name)
-        partial = path.with_suffix(".partial")
+        partial, folder = path.with_suffix(".partial"), path.with_suffix("")
         if path.exists():
-            payload, seconds = load_torch(path)
+            payload, seconds, sums = load_torch(path)
+            check_arrays(folder, sums)
         else:
             start = time.monotonic()
-            payload = compute(partial)
+            result = compute(partial)
+            payload = result if fresh is None else result.state_dict()
             seconds = time.monotonic() - start
-            save_torch(path, (payload, seconds))
+            save_torch(path, (payload, seconds, checksums(folder)))
         partial.unlink(missing_ok=True)
         self.seconds[stage][name] = seconds
         if fresh is None:
@@ -1876,10 +1879,9 @@ class Run:
         def compute(_):
             for path in footage(self.config.backgrounds, "evaluate"):  # now, not when all is done
                 read_film(path, self.config.frame_size)
-            return record(self.config, folder, pmap), checksums(folder)
+            return record(self.config, folder, pmap)
 
-        self.frames, known = self.cached("record", "video", compute)
-        check_arrays(folder, known)
+        self.frames = self.cached("record", "video", compute)
         return {name: Video.open(folder / name) for name in SPLITS[:3]}
 
     @property
@@ -1909,10 +1911,9 @@ class Run:
                 check_masks(worse, name)
                 iou[name] = mask_iou(worse, video.masks, video.valid)
                 save_array(folder / f"{name}.npy", worse)
-            return student and student.state_dict(), iou, checksums(folder)
+            return student and student.state_dict(), iou
 
-        state, iou, known = self.cached("mask", "masks", compute)
-        check_arrays(folder, known)
+        state, iou = self.cached("mask", "masks", compute)
         student = Student().to(self.device) if state else None
         if student:
             student.load_state_dict(state)
@@ -1934,7 +1935,7 @@ class Run:
         """-> the networks of a method or a reference, see `make_networks`."""
         def compute(partial):
             networks, _ = train_lam(self.config, self.windows[0], name, partial)
-            return networks.state_dict()
+            return networks
 
         fresh = make_networks(self.config, name, self.actions)
         return self.cached("lam", name, compute, fresh)
@@ -1964,7 +1965,7 @@ class Run:
 
         def compute(partial):
             text = f"{name} policy"
-            return clone(config, self.windows[0], targets, text, partial).state_dict()
+            return clone(config, self.windows[0], targets, text, partial)
 
         outputs = self.actions if name == "oracle" else config.latent_dim
         return self.cached("policy", name, compute, make_policy(config, outputs))
@@ -1978,9 +1979,9 @@ class Run:
 
         def compute(_):
             if name == "labels-only":
-                return clone_labels(config, training, labelled).state_dict()
+                return clone_labels(config, training, labelled)
             policy, targets = self.policy(name), self.targets(name)
-            return decode(config, policy, training, targets, labelled, name).state_dict()
+            return decode(config, policy, training, targets, labelled, name)
 
         make = make_policy if name == "labels-only" else LatentPolicy
         fresh = make(config, self.actions)
