@@ -318,10 +318,10 @@ class Windows:
             frames = torch.cat([frames, self.masks[index][..., None]], -1)
         return frames.to(self.device)
 
-    def seen(self, chosen, frames=3, k=1):
+    def seen(self, chosen, frames=3):
         """-> (B, frames, H, W, C) u8: the stack obs, all that a policy sees, or with 6 frames also
-        the stack future_obs, newest frame last."""
-        return self.gather(self.index(chosen, k)[:, :frames])
+        the stack future_obs of k = 1, newest frame last."""
+        return self.gather(self.index(chosen, 1)[:, :frames])
 
     def batch(self, chosen, k=1):
         """-> obs and future_obs (B, 6, H, W, C) u8, next_obs (B, 3, H, W) in [-0.5, 0.5], and its
@@ -585,7 +585,7 @@ def make_networks(config, method, actions=0):
     return networks.to(memory_format=torch.channels_last)
 
 def augment(stacks, step):
-    """Every eighth of the stacks (B, 3, H, W, C) shifted, turned, seen askew or left as it is."""
+    """Stacks (B, 3, H, W, C) in eight parts, each shifted, turned, seen askew or left as it is."""
     from torchvision.transforms import v2  # slow to import, for LAOM only
     choice = v2.RandomChoice([v2.RandomAffine(0, (0.1, 0.1)), v2.RandomAffine(15),
                               v2.RandomPerspective(0.3, p=1), v2.Identity()])
@@ -706,8 +706,8 @@ def probe(encode, training: Windows, heldout: Windows, decorrelated: Windows, li
     ignores it (rho = 0); and R2 of the next background, what a latent should not know."""
     chosen = generator(0, "probe").permutation(len(training))[:limit]
     unseen, others = np.arange(len(heldout)), np.arange(len(decorrelated))
-    z, z_unseen, z_others = (encode(training, chosen), encode(heldout, unseen),
-                             encode(decorrelated, others))
+    z = encode(training, chosen)
+    z_unseen, z_others = encode(heldout, unseen), encode(decorrelated, others)
     action = ridge(z, training.actions(chosen))
     noise = ridge(z, training.noise(chosen))
     background = ridge(z, next_background(training, chosen))
