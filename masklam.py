@@ -2224,10 +2224,13 @@ def check_task(config, points, train_expert):
     if config.masks == "sam":
         load_sam(config.sam_model, config.sam_checkpoint, "cpu")
 
+OPTIONS = dict(preset="laptop", seeds=None, out="runs", fresh=False, until="report", sweep=None,
+               train_expert=False)  # defaults of the flags that are no fields of Config
+
 def parse(argv):
-    """Command line -> (config, all options given). Presets yield to flags given by name."""
+    """Command line -> (config, OPTIONS as given). Presets yield to flags given by name."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     argument_default=argparse.SUPPRESS)
+                                     argument_default=argparse.SUPPRESS)  # so: not given, not there
     parser.error = functools.partial(require, False)  # a UserError
     seeds = parser.add_mutually_exclusive_group()
     for f in fields(Config):
@@ -2241,33 +2244,31 @@ def parse(argv):
         group.add_argument(flag(f.name), **kind,
                            help=f"{f.metadata['help']} (default {shown or 'none'})")
     seeds.add_argument("--seeds", type=int, help="run seeds 0 .. N-1, summarise")
-    parser.add_argument("--preset", choices=PRESETS, default="laptop",
+    parser.add_argument("--preset", choices=PRESETS,
                         help="sizes of everything (default laptop); gpu, paper: not yet run")
-    parser.add_argument("--out", default="runs", help="folder for run folders (default runs)")
-    parser.add_argument("--fresh", action="store_true", default=False, help="empty the cache first")
+    parser.add_argument("--out", help="folder for run folders (default runs)")
+    parser.add_argument("--fresh", action="store_true", help="empty the cache first")
     goal = parser.add_mutually_exclusive_group()
-    goal.add_argument("--until", choices=STAGES, default="report",
-                      help="the last stage (default report)")
-    goal.add_argument("--sweep", choices=SWEEPS, default=None,
+    goal.add_argument("--until", choices=STAGES, help="the last stage (default report)")
+    goal.add_argument("--sweep", choices=SWEEPS,
                       help="run the points of SWEEPS with this name: a CSV file and a figure")
-    goal.add_argument("--train-expert", action="store_true", default=False,
+    goal.add_argument("--train-expert", action="store_true",
                       help="search the task's expert and print its literal")
-    options = parser.parse_args(argv)
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(parser.parse_args(argv)).items()}
+    options = argparse.Namespace(**OPTIONS | given)
+    settings = {name: value for name, value in given.items() if name not in OPTIONS}
 
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(options).items()
-             if hasattr(Config, k)}
-    config = with_masks_named(Config(**PRESETS[options.preset] | given))
+    config = with_masks_named(Config(**PRESETS[options.preset] | settings))
     points = sweep_points(config, options.sweep) if options.sweep else [{}]
     for point in points:
         for name in point:
             require(name not in given, f"{flag(name)} is what --sweep {options.sweep} changes")
         check_config(replace(config, **point), given | point)
-    count = getattr(options, "seeds", 1)
-    require(1 <= count <= 1000, f"--seeds is {count}; allowed: 1 to 1000")
+    require(options.seeds is None or 1 <= options.seeds <= 1000,
+            f"--seeds is {options.seeds}; allowed: 1 to 1000")
     if options.train_expert:
-        useless = {name for name in ("preset", "out", "fresh")
-                   if getattr(options, name) != parser.get_default(name)}
-        useless = sorted(useless | set(vars(options)) & {*vars(config), "seeds"} - {"task", "seed"})
+        useless = sorted(given.keys() - {"train_expert", "task", "seed"})
         require(not useless, f"{' '.join(map(flag, useless))} has no effect with --train-expert")
     check_task(config, points, options.train_expert)
     return config, options
@@ -2307,7 +2308,7 @@ def run_seeds(config, options, pool):
                    student="a student of the simulator's own",
                    sam=f"sam, from {sam_path(config.sam_model, config.sam_checkpoint)}")
     print("masks:", sources[config.masks])
-    for seed in range(options.seeds) if "seeds" in options else [config.seed]:
+    for seed in range(options.seeds) if options.seeds else [config.seed]:
         folder = Path(options.out) / f"{tag}-{seed}"
         config = replace(config, seed=seed)
         with own_folder(folder, config, options.fresh):
@@ -2319,7 +2320,7 @@ def run_seeds(config, options, pool):
             results.append(result)
             print(table(result))
             print("files:", *sorted(map(str, folder.glob("*.*"))))
-    if "seeds" in options and results:
+    if options.seeds and results:
         path = Path(options.out) / f"{tag}-summary.json"
         save_json(path, summarize(results))
         print("summary over seeds:", path)
