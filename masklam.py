@@ -2126,25 +2126,27 @@ def sweep_points(config, name) -> list[dict]:
 
 def run_sweep(config, name, folder, device, pool):
     """Run the points of a sweep, with what is in the cache; write their numbers and a figure."""
-    acts, runs, rows = name == "labels", [], []  # the other sweeps end with the probe
-    stages = ("lam", "probe", "policy", "decode", "evaluate") if acts else ("lam", "probe")
-    points = sweep_points(config, name)
-    what = {key for changes in points for key in changes}
-    label = flag(*what) if len(what) == 1 else ""  # of the axis; of more flags points are words
-    for i, changes in enumerate(points):
-        methods = ("masklam",) if name in ONE_METHOD and i else config.methods
+    points, runs, rows = sweep_points(config, name), {}, []
+    swept = {key for changes in points for key in changes}
+    label = flag(*swept) if len(swept) == 1 else ""  # of the axis; of more flags points are words
+    for changes in points:
+        methods = ("masklam",) if name in ONE_METHOD and runs else config.methods
         run = Run(replace(config, **changes, methods=methods), folder, device, pool)
+        _, _, iou = run.masks  # recorded here, or every worker would
         words = [str(value) if label else f"{key} {value}" for key, value in changes.items()]
         point = ", ".join(words) or "as it is"
-        _, _, iou = run.masks  # recorded here, or every worker would
-        runs.append((f"{point} (IoU {iou['training']:.2f})" if name == "masks" else point, run))
-    if acts:  # alike at all points
-        run.scale()
-    for stage in stages:
-        compute_missing([(run, stage, result) for _, run in runs for result in run.plan()[stage]
-                         if result not in (*REFERENCES, "oracle")])
+        if name == "masks":
+            point += f" (IoU {iou['training']:.2f})"
+        runs[point] = run
 
-    for point, run in runs:
+    acts = name == "labels"  # the other sweeps end with the probe
+    if acts:
+        run.scale()  # alike at all points
+    for stage in ("lam", "probe", "policy", "decode", "evaluate") if acts else ("lam", "probe"):
+        compute_missing([(run, stage, result) for run in runs.values()
+                         for result in run.plan()[stage] if result not in (*REFERENCES, "oracle")])
+
+    for point, run in runs.items():
         for method in (*run.config.methods, "labels-only") if acts else run.config.methods:
             found = run.returns(method) if acts else run.probe(method)
             numbers = {key: found[key] for key in TITLES if key in found and key != "return_mean"}
