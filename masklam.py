@@ -1576,6 +1576,7 @@ def rollout(config, policy, seeds, student=None, device="cpu"):
     student, or else the simulator, masks what it sees."""
     envs = [make_env(config, "evaluate") for _ in seeds]
     rng, high = generator(seeds[0], "degrade"), envs[0].action_space.high
+    frames, infos = map(list, zip(*[env.reset(seed=s) for env, s in zip(envs, seeds)]))
 
     def seen():
         """What a policy sees of the present frames: (n, H, W, C) u8."""
@@ -1585,7 +1586,6 @@ def rollout(config, policy, seeds, student=None, device="cpu"):
         masks = student_masks(student, rgb) if student else np.stack([i["mask"] for i in infos])
         return np.concatenate([rgb, degrade(config, masks, rng)[..., None]], -1)
 
-    frames, infos = map(list, zip(*[env.reset(seed=s) for env, s in zip(envs, seeds)]))
     stack = [seen()] * 3  # the first frame, repeated
     returns, alive, film = np.zeros(len(envs)), np.ones(len(envs), bool), []
     for _ in range(config.eval_steps):
