@@ -1501,6 +1501,12 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
         masks.append((255 * logits.float().sigmoid()).round().byte()[:, 0].cpu().numpy())
     return np.concatenate(masks)
 
+def check_masks(masks: np.ndarray, name: str):
+    """UserError where masks leave nothing to weight the loss with."""
+    area = float((masks >= 128).mean())
+    require(area > 1e-3, f"the masks of {name} video are empty ({100 * area:.2f} % of the frame): "
+            "less of --erode, --shift, --occlude, other --masks, or a larger --zoom")
+
 def find_masks(config, videos, device, checkpoint=None):
     """Masks of {name: Video} as --masks says.
 
@@ -1528,8 +1534,7 @@ def find_masks(config, videos, device, checkpoint=None):
     for name, video in videos.items():
         flat = video.frames.reshape(-1, *video.frames.shape[2:])
         masks[name] = student_masks(student, flat).reshape(video.masks.shape)
-        require(masks[name].max() >= 128,
-                f"the student of --masks {config.masks} sees no agent in {name} video")
+        check_masks(masks[name], f"the student's {name}")
     keyframes = frames, labels, student_masks(student, frames), truth
     return student, masks, {"keyframes": mask_iou(labels, truth)}, keyframes
 
@@ -1551,12 +1556,6 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
             y, x = rows[i], columns[i]
             mask[max(y - h, 0):y + h, max(x - w, 0):x + w] = 0
     return worse
-
-def check_masks(masks: np.ndarray, name: str):
-    """UserError where masks leave nothing to weight the loss with."""
-    area = float((masks >= 128).mean())
-    require(area > 1e-3, f"the masks of {name} video are empty ({100 * area:.2f} % of the frame): "
-            "less of --erode, --shift, --occlude, other --masks, or a larger --zoom")
 
 def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above, at `where`."""
