@@ -1698,13 +1698,15 @@ def plot_summary(results, predictions, path):
 
 def plot_masks(frames, labels, students, truth, path):
     """Keyframes whose label (or else student) is best, median and worst, against the simulator."""
-    order = np.lexsort([[-mask_iou(a, b) for a, b in zip(x, truth)] for x in (students, labels)])
+    of_labels = [mask_iou(found, true) for found, true in zip(labels, truth)]
+    of_students = [mask_iou(found, true) for found, true in zip(students, truth)]
+    order = np.lexsort([of_students, of_labels])  # by the last, the worst first
+    ranks = dict(best=order[-1], median=order[(len(order) - 1) // 2], worst=order[0])
     figure = Figure(figsize=(8, 6), layout="constrained")
-    ranks = zip(("best", "median", "worst"), order[[0, len(order) // 2, -1]])
-    for row, (rank, i) in zip(figure.subplots(3, 4), ranks):
+    for row, (rank, i) in zip(figure.subplots(3, 4), ranks.items()):
         show(row[0], frames[i], "frame", rank)
-        show(row[1], labels[i], f"label, IoU {mask_iou(labels[i], truth[i]):.2f}")
-        show(row[2], students[i], f"student, IoU {mask_iou(students[i], truth[i]):.2f}")
+        show(row[1], labels[i], f"label, IoU {of_labels[i]:.2f}")
+        show(row[2], students[i], f"student, IoU {of_students[i]:.2f}")
         show(row[3], truth[i], "simulator")
     save_figure(figure, path)
 
@@ -1717,15 +1719,17 @@ def plot_sweep(rows: list[dict], path, title, what):
     axes = figure.subplots(1, len(keys), sharey=not what, squeeze=False)[0]
     for ax, key in zip(axes, keys):
         for method in dict.fromkeys(row["method"] for row in rows):
-            mine = [(row["point"], row[key]) for row in rows if row["method"] == method]
-            names, values = zip(*mine)
+            mine = [row for row in rows if row["method"] == method]
+            points, values = [row["point"] for row in mine], [row[key] for row in mine]
             look = dict(color=COLORS.get(method, "black"), label=method)
-            if len(mine) == 1:
-                (ax.axhline if what else ax.axvline)(values[0], linestyle="--", **look)
+            if what and len(mine) == 1:
+                ax.axhline(values[0], linestyle="--", **look)
             elif what:
-                ax.plot(list(map(float, names)), values, "o-", **look)
+                ax.plot(list(map(float, points)), values, "o-", **look)
+            elif len(mine) == 1:
+                ax.axvline(values[0], linestyle="--", **look)
             else:
-                ax.plot(values, names, "o", **look)
+                ax.plot(values, points, "o", **look)
         ax.set_title(TITLES[key], fontsize=9)
         ax.set_xlabel(what)
         if 0 < 30 * places[0] < places[-1]:
@@ -1758,7 +1762,7 @@ def summarize(results: list[dict]) -> dict:
     t95 = (0, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n - 1, 9)]
     for name, row in results[0]["methods"].items():
         methods[name] = {}
-        for key in (k for k, v in row.items() if isinstance(v, (int, float))):
+        for key in [k for k, v in row.items() if isinstance(v, (int, float))]:
             values = np.array([r["methods"][name][key] for r in results], float)
             std = float(values.std(ddof=1)) if n > 1 else 0.0
             methods[name][key] = dict(mean=float(values.mean()), std=std,
