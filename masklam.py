@@ -87,8 +87,8 @@ SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}  # official names end in the start of their SHA-256
 def option(stage, default, text, low=None, high=None, choices=None):
     """A dataclass field that knows its stage, its help text and what values it allows."""
-    limits = dict(low=low, high=high, choices=choices)
-    return field(default=default, metadata=dict(stage=stage, help=text, **limits))
+    metadata = dict(stage=stage, help=text, low=low, high=high, choices=choices)
+    return field(default=default, metadata=metadata)
 
 @dataclass(frozen=True)
 class Config:
@@ -1156,10 +1156,10 @@ def read_film(path, side, limit=100):
     squares: (n, side, side, 3) u8, n <= limit."""
     def frames():
         for file in sorted(path.glob("*")) if path.is_dir() else [path]:
-            if file.suffix.lower() in PICTURES:
-                film = file.suffix.lower() == ".mp4"
-                how = dict(plugin="pyav") if film else dict(plugin="pillow", mode="RGB")
-                yield from imageio.imiter(file, **how)
+            if file.suffix.lower() == ".mp4":
+                yield from imageio.imiter(file, plugin="pyav")
+            elif file.suffix.lower() in PICTURES:
+                yield from imageio.imiter(file, plugin="pillow", mode="RGB")
 
     try:
         film = [ImageOps.fit(Image.fromarray(frame), (side, side))
@@ -1209,7 +1209,10 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
         self.action_dim = self.action_space.shape[0]
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, self.action_dim))
         self.tied = tied or backdrop(files).tie(uniform, 0)
-        self.renderer = AgentRenderer(env.unwrapped.model, camera, size)
+        model = env.unwrapped.model
+        self.renderer = AgentRenderer(model, camera, size)
+        # How far "hard" goes from NO_VIEW, and from the colours (red, green, blue) of each geom.
+        self.limit = self.SCALE * np.array([90, 90, 90, 0.5] + [1] * 3 * model.ngeom)
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.rng, self.frame = np.random.default_rng(), None
         self.plain = np.full((size, size, 3), (70, 105, 140), np.uint8)
@@ -1220,9 +1223,7 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
             self.rng = np.random.default_rng([seed, 1])
         self.backdrop = backdrop(self.files)(self.rng, self.tied, self.correlation, self.speed,
                                              self.size, self.files)
-        geoms = self.unwrapped.model.ngeom
-        self.limit = self.SCALE * np.array([90, 90, 90, 0.5] + [1] * 3 * geoms)
-        self.pose = self.rng.uniform(-self.limit, self.limit)  # view, then a tint of every geom
+        self.pose = self.rng.uniform(-self.limit, self.limit)
         self.drift = np.zeros(len(self.pose))
         return self._observe(state, info, np.zeros(self.action_dim, np.float32))
 
