@@ -2045,9 +2045,8 @@ class Run:
             if stage not in stages:
                 break
             wanted = [(self, stage, name) for name in names]
-            if stage == "lam":  # what needs no latents keeps both cores busy
-                free = ("policy", "oracle"), ("decode", "labels-only")
-                wanted += [(self, *result) for result in free if result[0] in stages]
+            if stage == "lam" and "decode" in stages:  # these need no latents: no core waits
+                wanted += [(self, "policy", "oracle"), (self, "decode", "labels-only")]
             compute_missing(wanted)
             for name in names:
                 found = getattr(self, stage)(name)
