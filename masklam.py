@@ -2130,16 +2130,15 @@ def sweep_points(config, name) -> list[dict]:
 def run_sweep(config, name, folder, device, pool):
     """Run the points of a sweep, with what is in the cache; write their numbers and a figure."""
     points, runs, rows = sweep_points(config, name), {}, []
-    swept = {key for changes in points for key in changes}
-    label = flag(*swept) if len(swept) == 1 else ""  # of the axis; of more flags points are words
+    label = flag(*points[0]) if name != "masks" else ""  # of the axis; masks change by many flags
     for changes in points:
         methods = ("masklam",) if name in ONE_METHOD and runs else config.methods
         run = Run(replace(config, **changes, methods=methods), folder, device, pool)
         _, _, iou = run.masks  # recorded here, or every worker would
-        words = [str(value) if label else f"{key} {value}" for key, value in changes.items()]
-        point = ", ".join(words) or "as it is"
+        point = " ".join(map(str, changes.values()))
         if name == "masks":
-            point += f" (IoU {iou['training']:.2f})"
+            words = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
+            point = f"{words} (IoU {iou['training']:.2f})"
         runs[point] = run
 
     acts = name == "labels"  # the other sweeps end with the probe
@@ -2176,8 +2175,7 @@ def check_config(config: Config, given):
         require(ok, f"{flag(name)} is {value!r}; allowed: {allowed}")
 
     for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata
-        low, high = limits["low"], limits["high"]
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         for v in value if isinstance(value, tuple) else (value,):
             allow(low is None or low <= v <= high, f.name, f"{low} to {high}")
 
