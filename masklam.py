@@ -183,7 +183,7 @@ def written_whole(path):
         temporary.unlink(missing_ok=True)
 
 def save_array(path, array):
-    """`np.save`; to a file that can be read, too, it writes in pieces, and names a full disk."""
+    """`np.save`. Opened for reading too, as NumPy then writes in pieces and names a full disk."""
     with written_whole(path) as temporary, open(temporary, "wb+") as file:
         np.save(file, array)
 
