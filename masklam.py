@@ -615,9 +615,9 @@ def labelled_windows(config, windows: Windows) -> np.ndarray:
     place = np.argsort(order)[windows.e[demonstrations]]
     return demonstrations[np.argsort(place, kind="stable")][:config.labels]
 
-def train_lam(config, windows, method, checkpoint=None):
+def train_lam(config, windows, method, labelled=None, checkpoint=None):
     """Train a method's networks, or a reference's, on windows -> (networks, history of `train`).
-    True actions are seen by references and, of `labelled_windows`, by laom-labels."""
+    True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
     device, (H, W) = windows.device, windows.video.frames.shape[2:4]
     require(H == W == config.frame_size,
             f"frames are {H} x {W} pixels, where frame_size is {config.frame_size}")
@@ -625,7 +625,6 @@ def train_lam(config, windows, method, checkpoint=None):
     networks = make_networks(config, method, actions).to(device)
     idm = networks["idm"]
     weight = 1.0 if method == "lapo" else config.background_weight
-    labelled = labelled_windows(config, windows)
 
     def action_error(chosen):
         z = idm(windows.seen(chosen, idm.frames))
@@ -1937,12 +1936,14 @@ class Run:
 
     def lam(self, name):
         """-> the networks of a method or a reference, see `make_networks`."""
+        config, training = self.config, self.windows[0]
+
         def compute(partial):
-            networks, _ = train_lam(self.config, self.windows[0], name, partial)
+            labelled = labelled_windows(config, training)
+            networks, _ = train_lam(config, training, name, labelled, partial)
             return networks
 
-        fresh = make_networks(self.config, name, self.actions)
-        return self.cached("lam", name, compute, fresh)
+        return self.cached("lam", name, compute, make_networks(config, name, self.actions))
 
     def probe(self, name):
         """-> the probe's numbers of a method's frozen IDM, or of a reference."""
@@ -2045,8 +2046,8 @@ class Run:
             if stage not in stages:
                 break
             wanted = [(self, stage, name) for name in names]
-            if stage == "lam" and "decode" in stages:  # these need no latents: no core waits
-                wanted += [(self, "policy", "oracle"), (self, "decode", "labels-only")]
+            if stage == "lam" and "decode" in stages:  # these need no latents; longest first
+                wanted = [(self, "decode", "labels-only"), (self, "policy", "oracle"), *wanted]
             compute_missing(wanted)
             for name in names:
                 found = getattr(self, stage)(name)

@@ -1264,15 +1264,14 @@ def test_methods_learn_from_video_that_is_known_by_frames_and_masks_alone():
 
 
 def test_laom_labels_sees_no_other_label():
-    config = replace(TINY, frame_size=32, lam_updates=3, labels=6)
+    config, labelled = replace(TINY, frame_size=32, lam_updates=3), np.arange(0, 18, 3)
     windows, learnt = tiny_windows(), []
-    labelled = masklam.labelled_windows(config, windows)
     hidden = np.setdiff1d(np.arange(len(windows)), labelled)
     for rows, value in ((hidden, 0.0), (hidden, np.nan), (labelled, 1.0)):
         actions = windows.video.actions.copy()
         actions[windows.e[rows], windows.t[rows]] = value
         other = Windows(replace(windows.video, actions=actions, intended=None))
-        networks, _ = masklam.train_lam(config, other, "laom-labels")
+        networks, _ = masklam.train_lam(config, other, "laom-labels", labelled)
         learnt.append(weights(networks))
     assert learnt[1].isfinite().all() and torch.equal(learnt[0], learnt[1])
     assert not torch.equal(learnt[0], learnt[2])
