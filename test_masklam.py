@@ -841,6 +841,9 @@ def test_degraded_masks_are_what_their_flags_say():
     assert ((hidden == masks) | (hidden == 0)).all()
     assert masklam.mask_iou(masks, hidden) == pytest.approx((hidden >= 128).sum() / agent.sum())
     assert (worse(occlude=1.0)[agent] == 0).all()
+    masks[:] = 0
+    masks[:, 9, 9] = 255  # eroded first, which leaves nothing to dilate
+    assert (worse(erode=1, dilate=1) == 0).all()
 
 
 def agent_frames(seeds, steps=6):
@@ -956,6 +959,29 @@ def test_keyframes_without_an_agent_are_not_shown_to_sam(monkeypatch):
     config = replace(SMOKE, masks="sam", keyframes=16, student_updates=1)
     masklam.find_masks(config, {"training": masklam.Video(frames, masks, np.array([16]))}, "cpu")
     assert len(predictor.seen) == 8
+
+
+def test_the_student_is_taught_sams_masks_of_keyframes_from_all_of_the_video(monkeypatch):
+    frames, masks = (np.zeros((4, 16, 64, 64, *c), np.uint8) for c in ((3,), ()))
+    frames[:], masks[..., 20:40, 20:40] = np.arange(64).reshape(4, 16, 1, 1, 1), 255
+    found = np.arange(3)[:, None, None] == np.arange(64) // 22  # candidates, none of them the truth
+    shown, got = [], []
+
+    def segment(_, frames, points, checkpoint):
+        shown.extend(frames[:, 0, 0, 0].tolist())
+        return np.stack([np.broadcast_to(found, (3, 64, 64))] * len(frames)), np.eye(8, 3)
+
+    monkeypatch.setattr(masklam, "load_sam", lambda *_: RecordingPredictor())
+    monkeypatch.setattr(masklam, "segment", segment)
+    monkeypatch.setattr(masklam, "choose_masks", lambda *_: np.full(8, 2))
+    monkeypatch.setattr(masklam, "train_student", lambda _, *given: got.extend(given))
+    monkeypatch.setattr(masklam, "student_masks", lambda _, frames: frames[..., 0] * 0 + 255)
+    video = masklam.Video(frames, masks, np.full(4, 16))
+    _, _, iou, _ = masklam.find_masks(replace(SMOKE, masks="sam", keyframes=8),
+                                      {"training": video}, "cpu")
+    assert (got[1] == 255 * np.broadcast_to(found[2], (8, 64, 64))).all()
+    assert got[0][:, 0, 0, 0].tolist() == shown == [9 * i for i in range(8)]
+    assert iou["keyframes"] == masklam.mask_iou(got[1], np.tile(masks[0, 0], (8, 1, 1)))
 
 
 def test_a_click_is_the_point_of_the_agent_farthest_from_its_border():
@@ -1351,6 +1377,37 @@ def test_laom_predicts_a_slow_embedding_of_the_next_stack(monkeypatch):
     torch.testing.assert_close(got, expected)
 
 
+def test_laom_augments_every_stack_by_itself_and_its_target_gets_no_gradient(monkeypatch):
+    config, windows, steps = replace(TINY, frame_size=32), tiny_windows(), []
+    networks, loss, _, _ = handed_to_train(monkeypatch, config, windows, "laom")
+    with monkeypatch.context() as patch:
+        patch.setattr(masklam, "augment", lambda stacks, step: steps.append(step) or stacks)
+        for step in (0, 1):
+            loss(step).backward()
+    assert len(set(steps)) == 6
+    assert all(p.grad is None for p in networks["target"].parameters())
+    assert all(p.grad is not None for p in networks["idm"].parameters())
+    frame = torch.randint(0, 256, (1, 1, 32, 32, 3), dtype=torch.uint8)
+    stacks = frame.expand(64, 3, -1, -1, -1)
+    got = masklam.augment(stacks, 5)
+    assert (got == got[:, :1]).all() and got.shape == stacks.shape  # its frames all alike
+    ways = {part.numpy().tobytes() for part in got.chunk(8)}
+    assert len(ways) > 2 and all((part == part[:1]).all() for part in got.chunk(8))
+    assert torch.equal(got, masklam.augment(stacks, 5))
+    assert not torch.equal(got, masklam.augment(stacks, 6))
+
+
+def test_laom_labels_adds_a_thousandth_of_the_error_of_actions(monkeypatch):
+    config, windows, losses = replace(TINY, frame_size=32), tiny_windows(), []
+    monkeypatch.setattr(masklam, "laom_loss", lambda *_: torch.zeros(()))
+    monkeypatch.setattr(masklam, "train", lambda _, loss, *__: losses.append(loss(0).item()))
+    networks, _ = masklam.train_lam(config, windows, "laom-labels", np.full(3, 5))
+    z = masklam.latents(networks["idm"], windows, np.array([5]))
+    with torch.no_grad():
+        error = networks["head"](torch.from_numpy(z)).numpy() - windows.actions([5])
+    assert losses == [pytest.approx(1e-3 * (error**2).mean(), rel=0.05)]
+
+
 class Killed(Exception):
     pass
 
@@ -1672,6 +1729,9 @@ def test_few_labels_are_all_learnt_in_the_end(monkeypatch):
     (first, held, none), (rows, no, stop) = calls
     assert first == list(range(16)) and held.tolist() == [16, 17, 18, 19] and none is None
     assert rows == list(range(20)) and no is None and stop == 20
+    masklam.regress_few(TINY, torch.nn.Linear(1, 1), None, None, np.arange(22), text="x", lr=1,
+                        updates=30)
+    assert calls[2][0] == list(range(16))  # no pair of the decoder's is torn apart
 
 
 def test_few_labels_are_learnt_from_no_longer_than_serves_the_unseen():
@@ -1751,6 +1811,9 @@ def test_with_a_student_it_masks_what_a_policy_sees(monkeypatch):
 
     masklam.rollout(replace(SMOKE, mask_input=True, eval_steps=4), policy, [0, 1], student=77)
     assert len(masks) == 4 and (torch.stack(masks) == 77).all()
+    degraded = replace(SMOKE, mask_input=True, eval_steps=2, shift=9)  # as those learnt with
+    masklam.rollout(degraded, policy, [0, 1], student=77)
+    assert (masks[-1][..., :9] == 0).all() and (masks[-1][..., 9:] == 77).all()
 
 
 class Replay(torch.nn.Module):
