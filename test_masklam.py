@@ -316,6 +316,33 @@ def test_a_search_shows_the_expert_what_it_will_see():
     assert expert.shape == masklam.load_expert("humanoid").shape
 
 
+def test_a_search_moves_along_the_best_direction_and_keeps_the_best_policy(monkeypatch):
+    tried, scored, rollout = [], [], masklam.state_rollout
+
+    def rewarded(task, expert, seed, steps, *noise):
+        if expert is None:
+            return rollout(task, expert, seed, steps)
+        (scored if steps == 400 else tried).append(expert)
+        reward = -len(scored) if steps == 400 else (1, 10, -1, -10)[len(tried) % 4 - 1]
+        return np.zeros((5, expert.shape[1] - 1)), None, np.array([reward])
+
+    monkeypatch.setattr(masklam, "worker_pool", contextlib.nullcontext)
+    monkeypatch.setattr(masklam, "map_in", lambda _, function, jobs: map(function, *zip(*jobs)))
+    monkeypatch.setattr(masklam, "state_rollout", rewarded)
+    literal = masklam.train_expert("hopper", directions=2, top=1, budget=500)
+    assert len(scored) > 6 and (masklam.from_literal(literal, 3) == scored[0]).all()
+    bias = np.stack(tried)[:8, :, 0].reshape(2, 2, 2, 3)  # iteration, way, direction
+    way, move = bias[0, 0, 1] - bias[0, 1, 1], bias[1].mean((0, 1)) - bias[0].mean((0, 1))
+    assert move @ way > 0.999 * np.linalg.norm(move) * np.linalg.norm(way) > 0
+
+
+def test_the_noise_of_a_search_lasts():
+    _, actions, _ = masklam.state_rollout("cheetah", np.zeros((6, 18)), 0, 300, 0.1, 0.8)
+    again = np.corrcoef(actions[1:].ravel(), actions[:-1].ravel())[0, 1]
+    assert again == pytest.approx(0.8, abs=0.1)
+    assert actions.std() == pytest.approx(0.1, rel=0.2)
+
+
 def test_an_expert_for_an_environment_without_an_entry(monkeypatch, capsys):
     """The printed entries are Python, say what was assumed, and make the id a task."""
     search = dict(directions=2, top=1, budget=100)
@@ -516,6 +543,11 @@ def test_levels_show_what_they_say():
         for _ in range(5):
             frame, _, _, _, info = env.step(np.zeros(6))
         seen[level] = frame, info["mask"]
+        if level != "hard":  # at its soft outline the agent and what is behind it mix
+            rgb, alpha, _ = env.renderer(env.unwrapped.data.qpos)
+            behind = env.plain if level == "none" else env.backdrop.draw()
+            assert len(np.unique(alpha)) > 2
+            assert abs(frame - rgb - behind * (1 - alpha / 255)[..., None]).max() < 0.6
     (plain, mask), (low, same), (hard, other) = seen.values()
     inside, outside = mask == 255, mask == 0
     assert len(np.unique(plain[outside], axis=0)) == 1 < len(np.unique(low[outside], axis=0))
@@ -523,6 +555,24 @@ def test_levels_show_what_they_say():
     red, _, blue = plain[inside].mean(0)
     assert red > 1.2 * blue  # the agent is warm
     assert masklam.mask_iou(mask, other) < 0.9  # another view
+
+
+def test_hard_views_and_colours_walk_smoothly_within_limits():
+    env, poses = masklam.Distractors(gym.make("HalfCheetah-v5"), "hard"), []
+    draw = env.renderer
+
+    def spy(qpos, view, tint):
+        poses.append(np.r_[view - np.array(masklam.NO_VIEW), tint.ravel()])
+        return draw(qpos, view, tint)
+
+    env.renderer = spy
+    env.reset(seed=0)
+    for _ in range(60):
+        env.step(np.zeros(6))
+    moves = np.diff(poses, axis=0)
+    assert (abs(np.array(poses)) <= env.limit + 1e-9).all() and moves.any(0).all()
+    again = [np.corrcoef(a, b)[0, 1] for a, b in zip(moves[1:].T, moves[:-1].T)]
+    assert np.mean(again) > 0.5
 
 
 def test_a_background_does_not_drift_and_keeps_half_of_its_velocity():
@@ -639,6 +689,11 @@ def test_other_files_in_the_folder_are_recorded_anew(pictures):
     (pictures / "frames" / "00000.png").write_bytes((pictures / "turned.PNG").read_bytes())
     masklam.file_stamps.cache_clear()
     assert masklam.cache_key(config, "record", "video") != before
+    config = replace(SMOKE, masks="sam", sam_checkpoint=str(pictures / "turned.PNG"))
+    before = masklam.cache_key(config, "mask", "masks")
+    (pictures / "turned.PNG").write_bytes(b"another checkpoint")
+    masklam.file_stamps.cache_clear()
+    assert masklam.cache_key(config, "mask", "masks") != before
 
 
 # -- video and windows ---------------------------------------------------------------------------
@@ -661,6 +716,7 @@ def test_recorded_episodes_replay_exactly(task, rtol, tmp_path):
         assert abs(masklam.moving_reward(reward, info) - video.rewards[1, t]) < 1e-4
         assert (info["distractor"] == video.distractor[1, t]).all()
     assert abs(video.actions).max() <= 1 and video.demonstration.tolist() == [True, False]
+    assert (abs(Video.open(tmp_path / "training").actions[1::2]) == 1).mean() < 0.6  # not louder
     modified = os.stat(tmp_path / "training" / "frames.npy").st_mtime_ns
     assert masklam.record(config, tmp_path) == 0  # everything is there already
     assert os.stat(tmp_path / "training" / "frames.npy").st_mtime_ns == modified
@@ -724,6 +780,7 @@ def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
     for state, intended in zip(video.states[0], video.intended[0]):
         expected = masklam.expert_action(expert, state, high)
         np.testing.assert_allclose(intended, expected, atol=1e-3)
+    assert len({masklam.noise_scale(TINY, i, i) for i in range(0, 20, 2)}) == 10
     # What is executed on average, by trying.
     for i in (0, 1, 2, 3):
         seed = masklam.episode_seed(TINY, "training", i)
@@ -2033,10 +2090,13 @@ def test_the_animation_shows_films_side_by_side_and_the_shorter_stands_still(tmp
 
 def test_summary_gives_mean_deviation_and_interval():
     rows = [dict(task="cheetah", seed=s, methods={"lapo": {"probe_nmse": v}})
-            for s, v in enumerate((0.5, 0.7, 0.9))]
+            for s, v in enumerate((0.5, 0.7, 1.2))]
     got = masklam.summarize(rows)["methods"]["lapo"]["probe_nmse"]
-    assert got["mean"] == pytest.approx(0.7) and got["std"] == pytest.approx(0.2)
-    assert got["median"] == 0.7 and got["interval"] == pytest.approx(4.30 * 0.2 / 3**0.5)
+    assert got["mean"] == pytest.approx(0.8) and got["std"] == pytest.approx(0.13**0.5)
+    assert got["median"] == 0.7 and got["interval"] == pytest.approx(4.30 * (0.13 / 3)**0.5)
+    for n, t in ((2, 12.71), (6, 2.57), (12, 2.26)):
+        got = masklam.summarize((rows * 4)[:n])["methods"]["lapo"]["probe_nmse"]
+        assert got["interval"] == pytest.approx(t * got["std"] / n**0.5)
     assert masklam.summarize(rows)["seeds"] == [0, 1, 2]
 
 
@@ -2113,6 +2173,37 @@ def test_what_learns_from_labels_is_learnt_anew_with_other_labels(tmp_path):
             a, b = (run.path(stage, name) for run in runs)
             assert a != b, stage
     assert runs[0].path("policy", "masklam") == runs[1].path("policy", "masklam")
+
+
+def test_a_run_shows_each_learner_the_training_video_and_the_labelled_windows_alone(
+        tmp_path, monkeypatch):
+    run = masklam.Run(replace(TINY, frame_size=32, mask_input=True, eval_steps=1), tmp_path,
+                      torch.device("cpu"))
+    windows, got, student = tiny_windows(), [], object()
+    run.windows, run.videos, run.masks = [windows, None, None], {"training": windows.video}, (
+        student, {}, {})
+    labelled = masklam.labelled_windows(run.config, windows)
+
+    def spy(*given, **_):
+        got.append([given[at] for at in places])
+        raise Killed
+
+    monkeypatch.setattr(masklam.Run, "targets", lambda *_: np.zeros((len(windows), 64), np.float32))
+    monkeypatch.setattr(masklam.Run, "policy", lambda *_: None)
+    for learner, places, learn in (
+            ("train_lam", (1, 3), lambda: run.lam("laom-labels")),
+            ("decode", (2, 4), lambda: run.decode("masklam")),
+            ("clone_labels", (1, 2), lambda: run.decode("labels-only"))):
+        monkeypatch.setattr(masklam, learner, spy)
+        with pytest.raises(Killed):
+            learn()
+        assert got[-1][0] is windows and got[-1][1].tolist() == labelled.tolist()
+    monkeypatch.setattr(masklam, "evaluate", spy)
+    monkeypatch.setattr(masklam.Run, "decode", lambda *_: (None, 0))
+    places = (3,)
+    with pytest.raises(Killed):
+        run.evaluate("masklam")
+    assert got[-1] == [student]
 
 
 # -- wrong input -----------------------------------------------------------------------------------
@@ -2390,6 +2481,10 @@ def test_smoke_run_prints_the_table_and_writes_every_file(smoke):
     span = results["expert_return"] - results["random_return"]
     assert row["normalized_return"] == pytest.approx(
         (row["return_mean"] - results["random_return"]) / span)
+    counts = [results["methods"][name]["labels"] for name in ("masklam", *masklam.CLONES)]
+    assert counts == [80, 4 * 39, 80]
+    with Image.open(folder / "rollouts.gif") as animation:
+        assert animation.info["duration"] == 100  # as long as an action lasts
     for name in ("summary.png", "rollouts.gif"):
         assert (folder / name).stat().st_size > 1000 and str(folder / name) in result.stdout
     assert "settotalmass" not in result.stdout + result.stderr
