@@ -1184,9 +1184,9 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
 
     level: "none" (a plain background), "low" (a Backdrop behind the agent, camera fixed) or "hard"
-        (also camera and agent colours on the random walks of the Distracting Control Suite,
-        arXiv 2101.02722, at `SCALE`). correlation, speed: its rho, and pixels a step. camera,
-        size: see AgentRenderer.
+        (also camera and agent colours on random walks, within the ranges of the Distracting
+        Control Suite, arXiv 2101.02722, at `SCALE`). correlation, speed: its rho, and pixels a
+        step. camera, size: see AgentRenderer.
     tied: from `Backdrop.tie`, with actions of the policy at work; None: with uniform actions.
     files: paths of videos and pictures to show instead, see `Footage`, with its own `tie`.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
