@@ -1494,8 +1494,7 @@ def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
 def student_masks(student, frames: np.ndarray) -> np.ndarray:
     """The student's soft masks (n, H, W) u8 of frames (n, H, W, 3) u8."""
     device, masks = next(student.parameters()).device, []
-    few = len(frames) < 999 or None  # None: a bar on a terminal only
-    for part in tqdm(torch.from_numpy(frames).split(128), "masks", leave=False, disable=few):
+    for part in tqdm(torch.from_numpy(frames).split(128), "masks", leave=False, delay=1):
         with autocast(device):
             logits = student(to_float(part[:, None].to(device)))
         masks.append((255 * logits.float().sigmoid()).round().byte()[:, 0].cpu().numpy())
@@ -1972,8 +1971,7 @@ class Run:
             text = f"{name} policy"
             return clone(config, self.windows[0], targets, text, partial)
 
-        outputs = self.actions if name == "oracle" else config.latent_dim
-        return self.cached("policy", name, compute, make_policy(config, outputs))
+        return self.cached("policy", name, compute, make_policy(config, targets.shape[1]))
 
     def decode(self, name):
         """-> (policy from pixels to actions, how many labels it used)."""
@@ -2194,8 +2192,8 @@ def check_config(config: Config, given):
             "probe of the noise needs one of them")
 
     frames, most = config.episodes * config.steps, demonstrated(config)
-    for name, widths in (("idm_widths", config.idm_widths), ("fdm_widths", config.fdm_widths)):
-        step = stride(config, widths)
+    for name in ("idm_widths", "fdm_widths"):
+        step = stride(config, getattr(config, name))
         allow(size % step == 0, "frame_size",
               f"multiples of {step} (--patch, and a halving for each of {flag(name)})")
     if masks != "simulator":
