@@ -291,8 +291,11 @@ class Windows:
         self.video, self.device, self.mask_input = video, device, mask_input
         self.T = video.frames.shape[1]
         masks = video.masks if masks is None else masks
-        require(video.frames.dtype == masks.dtype == np.uint8 and max(video.length) <= self.T,
-                "a Video has frames and masks of bytes, and no length above their number")
+        require(video.frames.dtype == masks.dtype == np.uint8,
+                "a Video has frames and masks of bytes")
+        require(masks.shape == video.frames.shape[:4] and max(video.length) <= self.T
+                and video.length.shape == masks.shape[:1],
+                "a Video has a mask for every frame, and no length above their number")
         self.e, self.t = np.nonzero(video.valid[:, 1:])
         on_gpu = torch.device(device).type == "cuda"
         room = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
@@ -618,6 +621,8 @@ def labelled_windows(config, windows: Windows) -> np.ndarray:
 def train_lam(config, windows, method, labelled=None, checkpoint=None):
     """Train a method's networks, or a reference's, on windows -> (networks, history of `train`).
     True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
+    require(method in (*METHODS, *REFERENCES), f"{method!r} is no method, nor a reference")
+    require(len(windows), "no episode has two frames, so there is nothing to learn from")
     device, (H, W) = windows.device, windows.video.frames.shape[2:4]
     require(H == W == config.frame_size,
             f"frames are {H} x {W} pixels, where frame_size is {config.frame_size}")
@@ -1504,7 +1509,7 @@ def check_masks(masks: np.ndarray, name: str):
     """UserError where masks leave nothing to weight the loss with."""
     area = float((masks >= 128).mean())
     require(area > 1e-3, f"the masks of {name} video are empty ({100 * area:.2f} % of the frame): "
-            "less of --erode, --shift, --occlude, other --masks, or a larger --zoom")
+            "less of --erode, --shift, --occlude, other --masks, more --keyframes, a larger --zoom")
 
 def find_masks(config, videos, device, checkpoint=None):
     """Masks of {name: Video} as --masks says.
@@ -1512,6 +1517,7 @@ def find_masks(config, videos, device, checkpoint=None):
     Returns the student or None, {name: masks (E, T, H, W)}, {name: IoU with the simulator's}, and
     of the student's keyframes (frames (n, H, W, 3), teacher's, student's and simulator's masks
     (n, H, W)) or None, all u8."""
+    config = with_masks_named(config)
     if config.masks == "simulator":
         return None, {name: video.masks for name, video in videos.items()}, {}, None
     training = videos["training"]
@@ -1766,7 +1772,8 @@ def summarize(results: list[dict]) -> dict:
             std = float(values.std(ddof=1)) if n > 1 else 0.0
             methods[name][key] = dict(mean=float(values.mean()), std=std,
                                       median=float(np.median(values)), interval=t95 * std / n**0.5)
-    return dict(task=results[0]["task"], seeds=[r["seed"] for r in results], methods=methods)
+    return dict(task=results[0]["task"], config=results[0]["config"],
+                seeds=[r["seed"] for r in results], methods=methods)
 
 # ==== 15. Pipeline ================================================================================
 # In: the command line. Out: a run's folder. A stage's results are cached under a key made of the
@@ -1794,7 +1801,8 @@ def cache_key(config, stage, name) -> str:
     stage."""
     chosen = {f.name: getattr(config, f.name) for f in fields(config)
               if STAGES.index(f.metadata["stage"]) <= STAGES.index(stage)}
-    if name.startswith("laom-labels"):  # the one method that sees labels before they are decoded
+    learner = name.removesuffix("-targets")
+    if learner in SUPERVISED and learner not in REFERENCES:  # sees labels before they are decoded
         chosen["labels"] = config.labels
     files = [file_stamps(chosen[path]) for path in ("backgrounds", "sam_checkpoint")
              if chosen.get(path)]
@@ -2176,10 +2184,11 @@ def check_config(config: Config, given):
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         for v in value if isinstance(value, tuple) else (value,):
-            allow(low is None or low <= v <= high, f.name, f"{low} to {high}")
+            enough, not_too_much = low is None or v >= low, high is None or v <= high
+            allow(enough and not_too_much, f.name, f"{low} to {high}")
 
     size, masks, methods = config.frame_size, config.masks, config.methods
-    useless = dict(blocks=config.patch > 1, background_weight="masklam" not in methods,
+    useless = dict(blocks=config.patch > 1, background_weight={*methods} <= {"lapo", *LAOMS},
                    zoom=not get_task(config.task).camera)
     useless |= dict.fromkeys(("sam_model", "sam_checkpoint"), masks != "sam")
     useless |= dict.fromkeys(("keyframes", "student_updates"), masks == "simulator")
@@ -2222,7 +2231,7 @@ def check_task(config, points, train_expert):
     _, info = env.reset(seed=0)
     for point in points:
         mask = degrade(replace(config, **point), info["mask"][None], generator(0, "check"))
-        check_masks(mask, f"a first {point or ''}")
+        check_masks(mask, f"a first {point or 'plain'}")
     if config.masks == "sam":
         load_sam(config.sam_model, config.sam_checkpoint, "cpu")
 
@@ -2243,8 +2252,8 @@ def parse(argv):
             kind |= dict(type=type(f.default[0]), nargs="+")
             shown = " ".join(map(str, f.default))
         group = seeds if f.name == "seed" else parser
-        group.add_argument(flag(f.name), **kind,
-                           help=f"{f.metadata['help']} (default {shown or 'none'})")
+        text = f"{f.metadata['help']} (default {shown or 'none'})"
+        group.add_argument(flag(f.name), **kind, help=text.replace("%", "%%"))
     seeds.add_argument("--seeds", type=int, help="run seeds 0 .. N-1, summarise")
     parser.add_argument("--preset", choices=PRESETS,
                         help="sizes of everything (default laptop); gpu, paper: not yet run")
@@ -2340,7 +2349,8 @@ def main(argv=None):
         print(end="", flush=True)  # where nobody reads, at once
         return 0
     except KeyboardInterrupt:
-        print("\nmasklam: stopped; a run goes on from here, with the same flags but --fresh",
+        print("\nmasklam: stopped; a run (but no --train-expert) goes on from here, with the same "
+              "flags but --fresh",
               file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output, such as head, has enough

@@ -786,12 +786,21 @@ def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
         expected = masklam.expert_action(expert, state, high)
         np.testing.assert_allclose(intended, expected, atol=1e-3)
     assert len({masklam.noise_scale(TINY, i, i) for i in range(0, 20, 2)}) == 10
+    assert abs(np.corrcoef(noise[loud].reshape(6, -1)) - np.eye(6)).max() < 0.5  # each its own
     # What is executed on average, by trying.
     for i in (0, 1, 2, 3):
         seed = masklam.episode_seed(TINY, "training", i)
         tries = np.random.default_rng(i).standard_normal((20_000, 1, 1))
         tries = video.intended[i, :5] + masklam.noise_scale(TINY, i, seed) * tries
         np.testing.assert_allclose(video.expected[i, :5], tries.clip(-1, 1).mean(0), atol=0.03)
+
+
+def test_noise_is_a_fraction_of_what_actions_reach():
+    expert, high = masklam.load_expert("humanoid"), np.full(17, 0.4)
+    states, actions, _ = masklam.state_rollout("humanoid", expert, 0, 30, noise=0.1)
+    intended = np.stack([masklam.expert_action(expert, state, high) / high for state in states])
+    noise = (actions - intended)[abs(intended) < 0.5]
+    assert noise.std() == pytest.approx(0.1, rel=0.15)
 
 
 @pytest.mark.parametrize("task", ["hopper", "swimmer"])
@@ -872,13 +881,14 @@ def test_folded_frames_are_the_frames_in_other_order():
 
 def test_a_mask_input_is_the_fourth_channel_of_every_frame_that_is_seen():
     video = random_video()
-    plain, windows = Windows(video), Windows(video, mask_input=True)
+    masks = 255 - video.masks  # others than the video's
+    plain, windows = Windows(video, masks=masks), Windows(video, mask_input=True, masks=masks)
     chosen = np.arange(len(windows))
     stacks, next_obs, mask = windows.batch(chosen, 2)
     without, same_obs, same_mask = plain.batch(chosen, 2)
     assert torch.equal(stacks[..., :3], without)
     index = windows.index(chosen, 2)[:, :6]
-    assert (stacks[..., 3].numpy() == video.masks.reshape(-1, 8, 8)[index]).all()
+    assert (stacks[..., 3].numpy() == masks.reshape(-1, 8, 8)[index]).all()
     assert torch.equal(next_obs, same_obs) and torch.equal(mask, same_mask)
     assert torch.equal(windows.seen(chosen), stacks[:, :3])
 
@@ -1224,7 +1234,7 @@ def test_paper_preset_has_the_authors_network_sizes():
     assert count(fdm) == encoder(9, x6) + 129 * 192 * 64 + conv(384, 192, 1) + decoder
     stacks = torch.zeros(2, 6, 64, 64, 3, dtype=torch.uint8)
     assert idm(stacks).shape == (2, 128)
-    prediction = fdm(stacks[:, :3], torch.zeros(2, 128))
+    prediction = fdm(stacks[:, :3], torch.full((2, 128), 1e3))
     assert prediction.shape == (2, 3, 64, 64) and abs(prediction).max() <= 0.5
 
 
@@ -1245,6 +1255,8 @@ def test_the_laptops_networks_move_pixels_and_hidden_adds_a_layer():
 
 @pytest.mark.parametrize("fault, words", [
     (dict(length=np.array([9, 10, 3, 2, 5])), "length"),
+    (dict(length=np.array([9, 3])), "length"),
+    (dict(masks=np.zeros((5, 9, 8, 8, 1), np.uint8)), "mask for every frame"),
     (dict(frames=np.zeros((5, 9, 8, 8, 3), np.float32)), "bytes"),
     (dict(masks=np.zeros((5, 9, 8, 8), bool)), "bytes")])
 def test_a_video_that_would_be_misread_is_refused(fault, words):
@@ -1255,6 +1267,13 @@ def test_a_video_that_would_be_misread_is_refused(fault, words):
 def test_frames_of_another_size_than_the_configs_are_refused():
     with pytest.raises(masklam.UserError, match="frame_size"):
         masklam.train_lam(replace(TINY, frame_size=64), tiny_windows(), "lapo")
+
+
+def test_a_method_that_there_is_not_and_video_without_a_transition_are_refused():
+    with pytest.raises(masklam.UserError, match="'maskalm' is no method"):
+        masklam.train_lam(TINY, tiny_windows(), "maskalm")
+    with pytest.raises(masklam.UserError, match="nothing to learn from"):
+        masklam.train_lam(TINY, Windows(replace(random_video(), length=np.ones(5, int))), "lapo")
 
 
 def tiny_windows():
@@ -1777,6 +1796,21 @@ def test_the_decoder_learns_each_label_from_both_latents(monkeypatch):
         np.testing.assert_array_equal(each, windows.actions(labelled))
 
 
+def test_policies_and_decoders_are_trained_as_their_flags_say(monkeypatch):
+    config, got = replace(PAINTED, latent_dim=2, policy_updates=31, decoder_updates=17), set()
+
+    def train(network, loss, updates, lr, text, **_):
+        got.add((text, updates, lr))
+        return [(updates, 1.0, 1.0)]
+
+    monkeypatch.setattr(masklam, "train", train)
+    labelled = np.arange(20)
+    cloned_and_decoded(config, painted_windows(), labelled)
+    masklam.clone_labels(config, painted_windows(), labelled)
+    assert got == {("clone", 31, config.policy_lr), ("labels-only", 31, config.policy_lr),
+                   ("decode decoder", 17, 1e-3)}
+
+
 def test_few_labels_are_all_learnt_in_the_end(monkeypatch):
     calls = []
 
@@ -1910,11 +1944,12 @@ def test_evaluation_runs_every_episode_once_and_in_order(monkeypatch):
     config, groups = replace(SMOKE, eval_episodes=12), []
 
     def rollout(given, policy, seeds, student, device):
+        assert student == "student"
         groups.append(seeds)
         return np.array(seeds, float), np.full((1, 1, 1, 3), len(groups), np.uint8)
 
     monkeypatch.setattr(masklam, "rollout", rollout)
-    returns, film = masklam.evaluate(config, PixelPolicy(6), "x")
+    returns, film = masklam.evaluate(config, PixelPolicy(6), "x", "student")
     expected = [masklam.episode_seed(config, "evaluate", i) for i in range(12)]
     assert returns.tolist() == expected == sum(groups, []) and len(groups) > 1
     assert (film == 1).all()
@@ -2013,6 +2048,16 @@ def test_the_summary_shows_a_bar_for_every_number_and_what_was_predicted(figures
         assert name in rest[4 * i + 1].get_title() and "error" in rest[4 * i + 2].get_title()
 
 
+def test_one_window_is_shown_with_what_was_predicted_of_it():
+    windows = tiny_windows()
+    i = len(windows) // 3
+    e, t = windows.e[i], windows.t[i] + 1
+    networks = dict(idm=lambda stacks: None, fdm=lambda obs, z: torch.full((1, 3, 32, 32), 0.1))
+    true, predicted, mask = masklam.predict_one(windows, networks)
+    assert (true == windows.video.frames[e, t]).all() and (mask == windows.video.masks[e, t]).all()
+    assert predicted.shape == true.shape and (predicted == 153).all()  # 255 (0.1 + 0.5)
+
+
 def test_the_mask_figure_shows_the_best_the_median_and_the_worst_label(figures, tmp_path):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
@@ -2093,7 +2138,7 @@ def test_the_animation_shows_films_side_by_side_and_the_shorter_stands_still(tmp
 
 
 def test_summary_gives_mean_deviation_and_interval():
-    rows = [dict(task="cheetah", seed=s, methods={"lapo": {"probe_nmse": v}})
+    rows = [dict(task="cheetah", seed=s, config={}, methods={"lapo": {"probe_nmse": v}})
             for s, v in enumerate((0.5, 0.7, 1.2))]
     got = masklam.summarize(rows)["methods"]["lapo"]["probe_nmse"]
     assert got["mean"] == pytest.approx(0.8) and got["std"] == pytest.approx(0.13**0.5)
@@ -2170,13 +2215,18 @@ def test_another_version_of_a_library_changes_all_keys(monkeypatch):
     assert changed_stages(before, cache_keys()) == list(masklam.STAGES)
 
 
-def test_what_learns_from_labels_is_learnt_anew_with_other_labels(tmp_path):
+def test_what_learns_from_labels_is_learnt_anew_with_other_labels(tmp_path, monkeypatch):
     runs = [masklam.Run(replace(SMOKE, labels=n), tmp_path, torch.device("cpu")) for n in (80, 40)]
     for stage in ("lam", "probe", "policy", "decode", "evaluate"):
         for name in ("laom-labels", "laom-labels-targets"):
             a, b = (run.path(stage, name) for run in runs)
             assert a != b, stage
     assert runs[0].path("policy", "masklam") == runs[1].path("policy", "masklam")
+    for name in ("mine", "mine-targets"):  # a method of a fork
+        assert runs[0].path("lam", name) == runs[1].path("lam", name)
+        with monkeypatch.context() as patch:
+            patch.setattr(masklam, "SUPERVISED", (*masklam.SUPERVISED, "mine"))
+            assert runs[0].path("lam", name) != runs[1].path("lam", name)
 
 
 def test_a_run_shows_each_learner_the_training_video_and_the_labelled_windows_alone(
