@@ -2350,8 +2350,7 @@ def main(argv=None):
         return 0
     except KeyboardInterrupt:
         print("\nmasklam: stopped; a run (but no --train-expert) goes on from here, with the same "
-              "flags but --fresh",
-              file=sys.stderr)
+              "flags but --fresh", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -209,10 +209,11 @@ def test_a_servo_holds_the_angles_that_an_action_asks_for(task):
     def settled(action):
         env.reset(seed=0)
         data.ctrl[:] = action
-        mujoco.mj_step(model, data)  # far from the angle: as strong as the motors were
-        assert (abs(data.actuator_force) <= torque + 1e-9).all()
-        strongest.append(abs(data.actuator_force))
-        mujoco.mj_step(model, data, 2000)
+        for steps in (1, 2000):  # at first, far from the angle, as strong as the motors were
+            mujoco.mj_step(model, data, steps)
+            assert (abs(data.actuator_force) <= torque + 1e-9).all()
+            assert (abs(data.actuator_force) <= model.actuator_forcerange[:, 1] + 1e-9).all()
+            strongest.append(abs(data.actuator_force))
         return data.qpos[places].copy()
 
     assert (abs(env.rest) <= high).all()
