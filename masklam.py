@@ -85,7 +85,7 @@ CLONES = ("oracle", "labels-only")  # policies cloned from true actions: all, th
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
              "vit_h": "sam_vit_h_4b8939.pth"}  # official names end in the start of their SHA-256
-def option(stage, default, text, low=None, high=None, choices=None):
+def option(stage, default, text, low=-math.inf, high=math.inf, choices=None):
     """A dataclass field that knows its stage, its help text and what values it allows."""
     metadata = dict(stage=stage, help=text, low=low, high=high, choices=choices)
     return field(default=default, metadata=metadata)
@@ -252,6 +252,7 @@ class Video:
     states: np.ndarray | None = None  # (E, T, S)
     distractor: np.ndarray | None = None  # (E, T, D), how the background moved from t to t + 1
     demonstration: np.ndarray | None = None  # (E,) bool, to be cloned; the others explore
+    start: np.ndarray | None = None  # (E, T) i64, step of the agent's last start; None: all 0
 
     @classmethod
     def open(cls, folder, mode="c"):
@@ -267,8 +268,9 @@ class Video:
         is still to be recorded."""
         shapes = dict(frames=(T, size, size, 3), masks=(T, size, size), actions=(T, A),
                       intended=(T, A), expected=(T, A), rewards=(T,), states=(T, S),
-                      distractor=(T, D), demonstration=(), length=())
-        kinds = dict(frames=np.uint8, masks=np.uint8, demonstration=bool, length=np.int64)
+                      distractor=(T, D), demonstration=(), start=(T,), length=())
+        kinds = dict(frames=np.uint8, masks=np.uint8, demonstration=bool, start=np.int64,
+                     length=np.int64)
         folder.mkdir(parents=True, exist_ok=True)
         for name, shape in shapes.items():
             episode = np.zeros(shape, kinds.get(name, np.float32))
@@ -283,9 +285,9 @@ class Windows:
     """Index arithmetic for training windows: every (e, t) whose episode goes on to t + 1.
 
     A window of offset k is the stack obs (t-2, t-1, t), the stack future_obs (t+k-2, t+k-1, t+k)
-    and next_obs, t + 1. It never crosses an episode's end: the first frame stands for what was
-    before it, and k is cut to what is left. masks: others than the video's, to learn with. With
-    mask_input they are a frame's fourth channel."""
+    and next_obs, t + 1. It never crosses an episode's end, nor a new start of the agent: the first
+    frame stands for what was before it, and k is cut to what is left. masks: others than the
+    video's, to learn with. With mask_input they are a frame's fourth channel."""
 
     def __init__(self, video: Video, device="cpu", mask_input=False, masks=None):
         self.video, self.device, self.mask_input = video, device, mask_input
@@ -296,7 +298,11 @@ class Windows:
         require(masks.shape == video.frames.shape[:4] and max(video.length) <= self.T
                 and video.length.shape == masks.shape[:1],
                 "a Video has a mask for every frame, and no length above their number")
-        self.e, self.t = np.nonzero(video.valid[:, 1:])
+        start = np.zeros(masks.shape[:2], int) if video.start is None else video.start
+        self.e, self.t = np.nonzero(video.valid[:, 1:] & (start[:, 1:] == start[:, :-1]))
+        self.first = start[self.e, self.t]
+        stretch = self.e * self.T + self.first  # ascends
+        self.last = self.t[np.searchsorted(stretch, stretch, "right") - 1] + 1
         on_gpu = torch.device(device).type == "cuda"
         room = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
         fits = 2 * (video.frames.nbytes + masks.nbytes) < room  # or batches travel
@@ -310,9 +316,9 @@ class Windows:
     def index(self, chosen: np.ndarray, k) -> np.ndarray:
         """(B,) windows and offsets k (B,) or int -> (B, 7) flat frame indices: 3, 3, next."""
         e, t = self.e[chosen], self.t[chosen]
-        k = np.minimum(k, self.video.length[e] - 1 - t)
+        k = np.minimum(k, self.last[chosen] - t)
         steps = [t - 2, t - 1, t, t + k - 2, t + k - 1, t + k, t + 1]
-        return e[:, None] * self.T + np.stack(steps, 1).clip(0)
+        return e[:, None] * self.T + np.stack(steps, 1).clip(self.first[chosen, None])
 
     def gather(self, index):
         """(B, n) flat frame indices -> (B, n, H, W, C) u8, C = 3 or, with mask_input, 4."""
@@ -587,26 +593,27 @@ def make_networks(config, method, actions=0):
         networks["head"] = nn.Linear(config.latent_dim, actions)
     return networks.to(memory_format=torch.channels_last)
 
-def augment(stacks, step):
+def augment(stacks, seed: int):
     """Stacks (B, 3, H, W, C) in eight parts, each shifted, turned, seen askew or left as it is."""
     from torchvision.transforms import v2  # slow to import, for LAOM only
     choice = v2.RandomChoice([v2.RandomAffine(0, (0.1, 0.1)), v2.RandomAffine(15),
                               v2.RandomPerspective(0.3, p=1), v2.Identity()])
-    torch.manual_seed(step)
+    torch.manual_seed(seed)
     parts = [choice(part.movedim(-1, 2)) for part in stacks.chunk(8)]
     return torch.cat(parts).movedim(2, -1)
 
-def laom_loss(networks, stacks, next_stack, step, decay=0.999):
+def laom_loss(networks, stacks, next_stack, rng, tau=0.001):
     """Squared error of the next stack's embedding, predicted from this one's and the latent.
     Every stack (B, 3, H, W, C) u8 is augmented by itself, so that a latent cannot tell pixels; the
-    target is a slow average of the encoder, so that a constant does not become the answer."""
+    target follows the encoder by tau a step, so that a constant does not become the answer."""
     idm, target = networks["idm"], networks["target"]
+    seeds = rng.integers(2**62, size=3).tolist()
     with torch.no_grad():
         for slow, fast in zip(target.parameters(), idm.encoder.parameters()):
-            slow.lerp_(fast, 1 - decay)
-        wanted = target(augment(next_stack, 3 * step))
-    obs = idm.encoder(augment(stacks[:, :3], 3 * step + 1))
-    future_obs = idm.encoder(augment(stacks[:, 3:], 3 * step + 2))
+            slow.lerp_(fast, tau)
+        wanted = target(augment(next_stack, seeds[0]))
+    obs = idm.encoder(augment(stacks[:, :3], seeds[1]))
+    future_obs = idm.encoder(augment(stacks[:, 3:], seeds[2]))
     z = idm.act(torch.cat([obs, future_obs], 1))
     prediction = networks["fdm"](torch.cat([obs, z], 1))
     return F.mse_loss(prediction.float(), wanted.float())
@@ -645,7 +652,8 @@ def train_lam(config, windows, method, labelled=None, checkpoint=None):
                 return action_error(chosen)
             if method in LAOMS:
                 frames = windows.gather(windows.index(chosen, k))
-                error = laom_loss(networks, frames[:, :6], frames[:, [1, 2, 6]], step)
+                tau = min(1, 100 / config.lam_updates)  # 0.001 for 97k, as published
+                error = laom_loss(networks, frames[:, :6], frames[:, [1, 2, 6]], rng, tau)
                 if method == "laom-labels":
                     error = error + 1e-3 * action_error(rng.choice(labelled, config.batch_size))
                 return error
@@ -933,8 +941,9 @@ def moving_reward(reward: float, info: dict) -> float:
     """What the environment pays for moving: its reward without the bonus for being alive."""
     return reward - info.get("reward_survive", 0.0)
 
-def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, go_on=False):
-    """One episode of an expert, or of random actions (None), until it falls, unless go_on.
+def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, restart=False):
+    """One episode of an expert, or of random actions (None), until it falls; with restart, so many
+    steps, as it starts anew.
 
     The expert's clipped actions are disturbed by Gaussian noise of scale `noise`, correlated from
     step to step by `persistence`. Returns states (n, S), actions (n, A) as executed, scaled to
@@ -942,11 +951,11 @@ def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, go_on=F
     env, rng = state_env(task), generator(seed, "rollout")
     high = env.action_space.high
     state, _ = env.reset(seed=seed)
-    disturbance = np.zeros(len(high))
+    disturbance, start = np.zeros(len(high)), 0
     states, actions, rewards = [], [], []
 
     for t in range(steps):
-        states.append(expert_input(task, state, t))
+        states.append(expert_input(task, state, t - start))
         fresh = rng.standard_normal(len(high))
         disturbance = persistence * disturbance + math.sqrt(1 - persistence**2) * fresh
         if expert is None:
@@ -957,8 +966,10 @@ def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, go_on=F
         state, reward, terminated, _, info = env.step(action)
         actions.append(action / high)
         rewards.append(moving_reward(reward, info))
-        if terminated and not go_on:
+        if terminated and not restart:
             break
+        if terminated:
+            start, (state, _) = t + 1, env.reset()
     return np.stack(states), np.stack(actions), np.array(rewards)
 
 # ==== 9. Renderer [record] ========================================================================
@@ -1267,8 +1278,8 @@ def episode_seed(config, split, index):
     return config.seed * 10**6 + SPLITS.index(split) * 250_000 + index
 
 def explores(index: int) -> bool:
-    """Every other episode is a demonstration, quiet enough to be cloned; the others explore, and
-    go on when the body has fallen.
+    """Every other episode is a demonstration, quiet enough to be cloned, that ends when the body
+    falls; the others explore, and the body starts anew.
 
     A nearly deterministic expert's action is a function of what was seen, so that a latent that
     knows the pose alone would pass for an action; noise is what only the transition can tell."""
@@ -1297,7 +1308,7 @@ def tied_background(config):
     """`Backdrop.tie` with twenty episodes of actions as they will be recorded, whatever rho is."""
     expert = load_expert(config.task)
     actions = [state_rollout(config.task, expert, i, config.steps, noise_scale(config, i, i),
-                             go_on=explores(i))[1] for i in range(20)]
+                             restart=explores(i))[1] for i in range(20)]
     return backdrop(config.backgrounds).tie(np.concatenate(actions), config.seed)
 
 def task_camera(config):
@@ -1322,11 +1333,12 @@ def record_episode(config, folder, split, index) -> int:
     rng = generator(seed, "act")
     expert, high = load_expert(config.task), env.action_space.high
     scale = noise_scale(config, index, seed)
-    frame, info = env.reset(seed=seed)
+    start, (frame, info) = 0, env.reset(seed=seed)
     for t in range(config.steps):
+        video.start[index, t] = start
         video.frames[index, t], video.masks[index, t] = frame, info["mask"]
         video.states[index, t] = info["state"]
-        intended = expert_action(expert, expert_input(config.task, info["state"], t), high)
+        intended = expert_action(expert, expert_input(config.task, info["state"], t - start), high)
         noise = scale * high * rng.standard_normal(len(high))
         frame, reward, terminated, _, info = env.step(intended + noise)
         video.intended[index, t] = intended / high
@@ -1335,6 +1347,8 @@ def record_episode(config, folder, split, index) -> int:
         video.distractor[index, t] = info["distractor"]
         if terminated and not explores(index):
             break
+        if terminated:
+            start, (frame, info) = t + 1, env.reset()
     for known in (video.actions, video.states, video.rewards):
         require(np.isfinite(known[index]).all(),
                 f"{config.task}: a recorded state, action or reward is not a number")
@@ -2184,8 +2198,7 @@ def check_config(config: Config, given):
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         for v in value if isinstance(value, tuple) else (value,):
-            enough, not_too_much = low is None or v >= low, high is None or v <= high
-            allow(enough and not_too_much, f.name, f"{low} to {high}")
+            allow(isinstance(v, str) or low <= v <= high, f.name, f"{low} to {high}")
 
     size, masks, methods = config.frame_size, config.masks, config.methods
     useless = dict(blocks=config.patch > 1, background_weight={*methods} <= {"lapo", *LAOMS},

@@ -759,14 +759,31 @@ def test_a_recorded_number_that_is_none_is_an_error(tmp_path, monkeypatch):
         masklam.record(TINY, tmp_path / "video")
 
 
-def test_a_body_that_explores_goes_on_when_it_has_fallen(tmp_path):
+def test_a_body_that_explores_starts_anew_when_it_has_fallen(tmp_path):
     masklam.record(replace(TINY, task="walker", episodes=8, steps=80, demonstration_noise=0.9),
                    tmp_path)
     video = Video.open(tmp_path / "training")
     assert (video.length[1::2] == 80).all() and video.length[::2].min() < 80
-    height, angle = video.states[1::2, :, 0], video.states[1::2, :, 1]
+    assert (video.start[::2] == 0).all() and len(np.unique(video.start[1::2])) > 10
+    height, angle = video.states[..., 0], video.states[..., 1]
     fallen = (height < 0.8) | (abs(angle) > 1)  # where the environment ends an episode
-    assert (fallen.any(1) & (video.rewards[1::2, -1] != 0)).any()
+    assert not fallen[video.valid].any()
+    again = video.start == np.arange(80)  # the first step of each start
+    assert (abs(video.states[again] - masklam.state_env("walker").reset()[0]) < 0.02).all()
+    assert (video.start[~again] < np.broadcast_to(np.arange(80), again.shape)[~again]).all()
+    before, after = video.distractor[1::2, :-1][again[1::2, 1:]], video.distractor[1::2][again[1::2]]
+    assert (before != 0).all() and len(after) > 20
+
+
+def test_an_expert_with_a_clock_starts_it_anew(tmp_path):
+    masklam.record(replace(TINY, task="humanoid", episodes=2, steps=150), tmp_path)
+    video = Video.open(tmp_path / "training")
+    expert, start = masklam.load_expert("humanoid"), video.start[1]
+    assert 0 < start[-1] < 149
+    for t in (start[-1], start[-1] + 3):
+        seen = masklam.expert_input("humanoid", video.states[1, t], t - start[-1])
+        expected = masklam.expert_action(expert, seen, np.full(17, 0.4)) / 0.4
+        np.testing.assert_allclose(video.intended[1, t], expected, atol=1e-3)
 
 
 def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
@@ -812,7 +829,7 @@ def test_the_past_tells_nothing_of_the_noise(task):
     def explore(first, episodes):
         known, noise = [], []
         for seed in range(first, first + episodes):
-            states, actions, _ = masklam.state_rollout(task, expert, seed, 100, 1.2, go_on=True)
+            states, actions, _ = masklam.state_rollout(task, expert, seed, 100, 1.2, restart=True)
             intended = [masklam.expert_action(expert, state, high) / high for state in states]
             known.append(np.stack(intended))
             noise.append(actions - masklam.expected_action(known[-1], 1.2))
@@ -839,19 +856,29 @@ def test_the_recorded_background_has_the_correlation_and_speed_that_were_asked_f
         assert velocity.std() == pytest.approx(config.speed, rel=0.2)
 
 
-def test_windows_equal_a_naive_loop_at_every_episode_edge():
+@pytest.mark.parametrize("starts", [(), (3, 4, 7)])
+def test_windows_equal_a_naive_loop_at_every_episode_edge(starts):
+    """Episodes of one's own, and such as start anew at some steps."""
     video = random_video()
+    starts = np.array([0, *starts])
+    if len(starts) > 1:
+        now = np.arange(9)
+        latest = starts[(starts[:, None] <= now).sum(0) - 1]
+        video = replace(video, start=np.tile(latest, (5, 1)))
     windows = Windows(video)
-    expected = [(e, t) for e in range(5) for t in range(video.length[e] - 1)]
+    ends = {e: [*starts[(0 < starts) & (starts < n)], n] for e, n in enumerate(video.length)}
+    expected = [(e, t) for e in range(5) for t in range(9) if t + 1 < ends[e][-1]
+                and t + 1 not in ends[e]]
     assert list(zip(windows.e, windows.t)) == expected
     chosen = np.arange(len(windows))
     for k in (1, 2, 3, 10):
         stacks, next_obs, mask = windows.batch(chosen, k)
         for i, (e, t) in enumerate(expected):
-            last = video.length[e] - 1
+            first = max(s for s in starts if s <= t)
+            last = min(end for end in ends[e] if end > t) - 1
             reach = min(k, last - t)
-            wanted = [max(t + d, 0) for d in (-2, -1, 0)] + [
-                max(t + reach + d, 0) for d in (-2, -1, 0)]
+            wanted = [max(t + d, first) for d in (-2, -1, 0)] + [
+                max(t + reach + d, first) for d in (-2, -1, 0)]
             assert (stacks[i].numpy() == [video.frames[e, s] for s in wanted]).all()
             target = video.frames[e, t + 1].transpose(2, 0, 1) / 255 - 0.5
             np.testing.assert_allclose(next_obs[i], target, atol=1e-6)
@@ -863,7 +890,8 @@ def test_windows_equal_a_naive_loop_at_every_episode_edge():
     assert all(torch.equal(mixed[i], windows.batch(chosen[i:i + 1], k)[0][0])
                for i, k in enumerate(each))
     assert set(windows.e[windows.demonstrations()]) == {0, 4}  # two has one frame
-    assert (windows.actions(chosen[3:5]) == [video.actions[0, 3], video.actions[0, 4]]).all()
+    labels = [video.actions[e, t] for e, t in expected[3:5]]
+    assert (windows.actions(chosen[3:5]) == labels).all()
 
 
 def test_folded_frames_are_the_frames_in_other_order():
@@ -1438,9 +1466,9 @@ def test_both_fdms_use_the_latent():
 
 
 def test_laom_predicts_a_slow_embedding_of_the_next_stack(monkeypatch):
-    monkeypatch.setattr(masklam, "augment", lambda stacks, step: stacks)
+    monkeypatch.setattr(masklam, "augment", lambda stacks, seed: stacks)
     monkeypatch.setattr(masklam, "autocast", lambda _: contextlib.nullcontext())
-    config, windows = replace(TINY, frame_size=32, offset=3), tiny_windows()
+    config, windows = replace(TINY, frame_size=32, offset=3, lam_updates=97_000), tiny_windows()
     networks, loss, _, _ = handed_to_train(monkeypatch, config, windows, "laom")
     idm, target = networks["idm"], networks["target"]
     with torch.no_grad():
@@ -1460,13 +1488,16 @@ def test_laom_predicts_a_slow_embedding_of_the_next_stack(monkeypatch):
 
 
 def test_laom_augments_every_stack_by_itself_and_its_target_gets_no_gradient(monkeypatch):
-    config, windows, steps = replace(TINY, frame_size=32), tiny_windows(), []
+    config, windows, seeds = replace(TINY, frame_size=32), tiny_windows(), []
     networks, loss, _, _ = handed_to_train(monkeypatch, config, windows, "laom")
+    _, other_loss, _, _ = handed_to_train(monkeypatch, replace(config, seed=1), windows, "laom")
     with monkeypatch.context() as patch:
-        patch.setattr(masklam, "augment", lambda stacks, step: steps.append(step) or stacks)
+        patch.setattr(masklam, "augment", lambda stacks, seed: seeds.append(seed) or stacks)
         for step in (0, 1):
             loss(step).backward()
-    assert len(set(steps)) == 6
+            other_loss(step)
+        loss(0)
+    assert len(set(seeds)) == 12 and seeds[-3:] == seeds[:3]
     assert all(p.grad is None for p in networks["target"].parameters())
     assert all(p.grad is not None for p in networks["idm"].parameters())
     frame = torch.randint(0, 256, (1, 1, 32, 32, 3), dtype=torch.uint8)
@@ -1883,8 +1914,8 @@ def naive_rollout(config, policy, seed):
 
 @pytest.mark.parametrize("mask_input", [False, True])
 def test_rollout_equals_a_naive_loop_of_episodes_that_end_early(mask_input):
-    config = replace(SMOKE, task="hopper", eval_steps=60, mask_input=mask_input)
-    policy, seeds = PixelPolicy(3), [5, 6, 7, 8]
+    config = replace(SMOKE, task="walker", eval_steps=60, mask_input=mask_input)
+    policy, seeds = PixelPolicy(6), [5, 6, 7, 8]
     returns, film = masklam.rollout(config, policy, seeds)
     expected = [naive_rollout(config, policy, seed) for seed in seeds]
     lengths = [len(frames) for _, frames in expected]
