@@ -784,6 +784,10 @@ def test_an_expert_with_a_clock_starts_it_anew(tmp_path):
         seen = masklam.expert_input("humanoid", video.states[1, t], t - start[-1])
         expected = masklam.expert_action(expert, seen, np.full(17, 0.4)) / 0.4
         np.testing.assert_allclose(video.intended[1, t], expected, atol=1e-3)
+    states, _, _ = masklam.state_rollout("humanoid", expert, 0, 150, 1.2, restart=True)
+    sine, cosine = states[:, video.states.shape[2]:][:, :2].T
+    begins = np.flatnonzero((sine == 0) & (cosine == 1))
+    assert begins[0] == 0 and len(begins) > 1 and (np.diff(begins) % 60 != 0).any()
 
 
 def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
