@@ -1596,7 +1596,8 @@ def test_a_scarce_latent_goes_to_the_agent_with_the_mask_and_to_the_background_w
     masks[:, :, :4] = 255
     blank = np.zeros((E, T), np.float32)
     video = Video(shown[..., None].repeat(3, -1), masks, np.full(E, T), actions, 0 * actions,
-                  0 * actions, blank, blank[..., None], distractor, blank[:, 0] == 0, blank.astype(int))
+                  0 * actions, blank, blank[..., None], distractor, blank[:, 0] == 0,
+                  blank.astype(int))
     parts = slice(0, 40), slice(40, 50), slice(50, 60)
     windows = [Windows(Video(*(getattr(video, f.name)[part] for f in fields(Video))))
                for part in parts]
