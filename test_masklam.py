@@ -771,8 +771,7 @@ def test_a_body_that_explores_starts_anew_when_it_has_fallen(tmp_path):
     again = video.start == np.arange(80)  # the first step of each start
     assert (abs(video.states[again] - masklam.state_env("walker").reset()[0]) < 0.02).all()
     assert (video.start[~again] < np.broadcast_to(np.arange(80), again.shape)[~again]).all()
-    before, after = video.distractor[1::2, :-1][again[1::2, 1:]], video.distractor[1::2][again[1::2]]
-    assert (before != 0).all() and len(after) > 20
+    assert (video.distractor[1::2, :-1][again[1::2, 1:]] != 0).all()  # moved by the last action
 
 
 def test_an_expert_with_a_clock_starts_it_anew(tmp_path):
