@@ -27,7 +27,8 @@ A run needs only a CPU and writes runs/<task>-<preset>-<distractor>-<seed>/: res
 an animation, and a cache that a second run reuses. Every stage is a function of a Config and arrays
 for notebooks and forks to call.
 
-Shapes: E episodes, T steps, B batch, C H W image, A action, Z latent, D distractor velocities.
+Shapes: E episodes, T steps, B batch, C H W image, A action, S state, Z latent, D velocities of the
+background.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-# ==== 2. Config ===================================================================================
-# Every number that shapes a run, once: its default, meaning, allowed range, and the stage that it
-# belongs to: a change redoes that stage and those after it. The command line is made from this
-# class, so a new field is a new flag. Presets are plain overrides.
+# ==== 2. Config, errors, files ====================================================================
+# Every setting of a run, once: its default, meaning, allowed range, and the stage that it belongs
+# to. A change redoes that stage and those after it, as does an edit of a section that has the
+# stage in its title. The command line is made from this class: a new field is a new flag.
 STAGES = ("record", "mask", "lam", "probe", "policy", "decode", "evaluate", "report")
 DISTRACTORS = ("none", "low", "hard")
 METHODS = ("lapo", "masklam", "laom", "laom-labels")
@@ -83,8 +84,13 @@ REFERENCES = ("past-only", "supervised-idm")  # learn from true actions, to be p
 SUPERVISED = (*REFERENCES, "laom-labels")
 CLONES = ("oracle", "labels-only")  # policies cloned from true actions: all, the labelled ones
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
-SAM_FILES = {"vit_b": "sam_vit_b_01ec64.pth", "vit_l": "sam_vit_l_0b3195.pth",
-             "vit_h": "sam_vit_h_4b8939.pth"}  # official names end in the start of their SHA-256
+SAM_FILES = {  # official checkpoints and their SHA-256 (what their names end in is of their MD5)
+    "vit_b": ("sam_vit_b_01ec64.pth",
+              "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "vit_l": ("sam_vit_l_0b3195.pth",
+              "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "vit_h": ("sam_vit_h_4b8939.pth",
+              "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e")}
 def option(stage, default, text, low=-math.inf, high=math.inf, choices=None):
     """A dataclass field that knows its stage, its help text and what values it allows."""
     metadata = dict(stage=stage, help=text, low=low, high=high, choices=choices)
@@ -204,29 +210,6 @@ def load_torch(path):
     require(name == path.name, f"{path} is a copy of {name}; delete it, or pass --fresh")
     return payload
 
-def save_json(path, value):
-    try:
-        text = json.dumps(value, indent=1, allow_nan=False)
-    except ValueError as error:
-        raise UserError(f"{path} would have a number that is not finite") from error
-    with written_whole(path) as temporary:
-        temporary.write_text(text + "\n")
-
-def checksums(folder) -> dict:
-    """{path in the folder: SHA-256} of all its arrays."""
-    sums = {}
-    for path in sorted(folder.rglob("*.npy")):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        sums[str(path.relative_to(folder))] = digest
-    return sums
-
-def check_arrays(folder, known: dict):
-    """UserError unless a folder's arrays have the checksums known of them."""
-    found = checksums(folder)
-    for name in known:
-        require(known[name] == found.get(name), f"{folder / name} is damaged; pass --fresh")
-
 # ==== 3. Video [record] ===========================================================================
 # In: episodes in memory-mapped arrays. Out: index arithmetic that cuts training windows from them.
 # Everything that learns learns from here, whether the video was recorded (section 11) or one's own.
@@ -239,15 +222,16 @@ def generator(*purpose) -> np.random.Generator:
 class Video:
     """Episodes: frames[e, t] is what the agent sees when it chooses actions[e, t].
 
-    Recordings know all of these, all f32 but for the flags; video of one's own has None. Actions
-    are for what learns or measures with labels alone. `valid` says which frames there are."""
+    Recordings know all of these (f32 where nothing else is said), video of one's own the first
+    three. Actions are for what learns or measures with labels alone. `valid` says which frames
+    there are."""
 
     frames: np.ndarray  # (E, T, H, W, 3) u8
     masks: np.ndarray  # (E, T, H, W) u8, 255 = agent
     length: np.ndarray  # (E,) i64, frames until the episode ended
     actions: np.ndarray | None = None  # (E, T, A) as executed, scaled to [-1, 1]
     intended: np.ndarray | None = None  # (E, T, A) the expert's, before noise was added
-    expected: np.ndarray | None = None  # (E, T, A) mean over the noise of what is executed
+    expected: np.ndarray | None = None  # (E, T, A) what is executed on average over the noise
     rewards: np.ndarray | None = None  # (E, T) for moving
     states: np.ndarray | None = None  # (E, T, S)
     distractor: np.ndarray | None = None  # (E, T, D), how the background moved from t to t + 1
@@ -295,6 +279,7 @@ class Windows:
         masks = video.masks if masks is None else masks
         require(video.frames.dtype == masks.dtype == np.uint8,
                 "a Video has frames and masks of bytes")
+        require(masks[:1].max(initial=0) != 1, "masks reach 255 where the agent is, not 1")
         require(masks.shape == video.frames.shape[:4] and max(video.length) <= self.T
                 and video.length.shape == masks.shape[:1],
                 "a Video has a mask for every frame, and no length above their number")
@@ -423,12 +408,14 @@ def stride(config, widths):
     return config.patch * 2 ** (len(widths) - (config.patch > 1))
 
 class FrameEncoder(nn.Module):
-    """(B, frames, H, W, C) u8 -> (B, outputs): the IDM (6 -> Z), the policy (3 -> Z or A)."""
+    """(B, frames, H, W, C) u8 -> (B, outputs): the IDM (6 frames -> Z), the policy (3 -> Z or A)
+    and LAOM's encoder (3 -> 256)."""
 
     def __init__(self, config, frames, outputs):
         super().__init__()
         self.frames, self.patch, widths = frames, config.patch, config.idm_widths
-        channels = (3 + config.mask_input) * frames * config.patch**2
+        self.shape = (frames, config.frame_size, config.frame_size, 3 + config.mask_input)
+        channels = self.shape[-1] * frames * config.patch**2
         if config.patch == 1:
             self.encoder = impala_encoder(channels, widths, config.blocks)
         else:
@@ -438,6 +425,8 @@ class FrameEncoder(nn.Module):
         self.head = mlp(inputs, outputs, hidden) if hidden else nn.Linear(inputs, outputs)
 
     def forward(self, frames):
+        require(frames.shape[1:] == self.shape, f"frames {tuple(frames.shape[1:])} do not fit the "
+                f"network's {self.shape}, which frame_size and mask_input ask for")
         return self.head(self.encoder(to_float(frames, self.patch)).flatten(1))  # (B, outputs)
 
 class ImpalaFDM(nn.Module):
@@ -447,8 +436,7 @@ class ImpalaFDM(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, side = config.fdm_widths[-1], config.frame_size // stride(config, config.fdm_widths)
-        channels = (3 + config.mask_input) * 3
-        self.encoder = impala_encoder(channels, config.fdm_widths, config.blocks)
+        self.encoder = impala_encoder((3 + config.mask_input) * 3, config.fdm_widths, config.blocks)
         self.latent = nn.Linear(config.latent_dim, width * side**2)
         self.merge = conv(2 * width, width, 1)
         self.decoder = impala_decoder(config.fdm_widths, config.blocks)
@@ -461,7 +449,8 @@ class ImpalaFDM(nn.Module):
 
 class UNet(nn.Module):
     """(B, inputs, h, w) and, if vector > 0, (B, vector) -> (B, outputs, h, w).
-    Every width after the first is a level of half the size; h and w must be `side` at the last."""
+    Every width after the first is a level of half the size. With a vector, h and w must be `side`
+    at the last."""
 
     def __init__(self, inputs, outputs, widths, kernel=1, vector=0, side=1):
         super().__init__()
@@ -506,8 +495,9 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
 
     compute_loss(step) -> scalar tensor; it draws its batch from `step` alone, so that a run that
     goes on from `checkpoint` (a path; written twice a minute) gives the numbers of one that never
-    stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns ten
-    times or more (step, mean loss since the last, report); UserError where a loss is not finite."""
+    stopped. report(step) -> number. stop: end there, without the rest of the decay. Returns, for
+    every tenth of `updates`, (step, mean loss since the last, report); UserError where a loss is
+    not finite."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
     start, history = 0, []
     total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
@@ -536,9 +526,8 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None, report=None
             history.append((step + 1, mean, report(step + 1) if report else None))
             total.zero_()
         if checkpoint and time.monotonic() - saved_at > 30:
-            save_torch(checkpoint, dict(
-                network=network.state_dict(), optimizer=optimizer.state_dict(), step=step + 1,
-                total=total, history=history))
+            save_torch(checkpoint, dict(network=network.state_dict(), step=step + 1, total=total,
+                                        optimizer=optimizer.state_dict(), history=history))
             saved_at = time.monotonic()
     return history
 
@@ -599,10 +588,9 @@ def augment(stacks, seed: int):
     choice = v2.RandomChoice([v2.RandomAffine(0, (0.1, 0.1)), v2.RandomAffine(15),
                               v2.RandomPerspective(0.3, p=1), v2.Identity()])
     torch.manual_seed(seed)
-    parts = [choice(part.movedim(-1, 2)) for part in stacks.chunk(8)]
-    return torch.cat(parts).movedim(2, -1)
+    return torch.cat([choice(part.movedim(-1, 2)) for part in stacks.chunk(8)]).movedim(2, -1)
 
-def laom_loss(networks, stacks, next_stack, rng, tau=0.001):
+def laom_loss(networks, stacks, next_stack, rng, tau):
     """Squared error of the next stack's embedding, predicted from this one's and the latent.
     Every stack (B, 3, H, W, C) u8 is augmented by itself, so that a latent cannot tell pixels; the
     target follows the encoder by tau a step, so that a constant does not become the answer."""
@@ -619,7 +607,8 @@ def laom_loss(networks, stacks, next_stack, rng, tau=0.001):
     return F.mse_loss(prediction.float(), wanted.float())
 
 def labelled_windows(config, windows: Windows) -> np.ndarray:
-    """Windows (n,) whose actions may be seen: whole demonstrations, drawn at random."""
+    """Windows (n,) whose actions may be seen: whole demonstrations, drawn at random, and of the
+    last as many as are missing."""
     demonstrations = windows.demonstrations()
     order = generator(config.seed, "labels").permutation(len(windows.video.length))
     place = np.argsort(order)[windows.e[demonstrations]]
@@ -630,9 +619,7 @@ def train_lam(config, windows, method, labelled=None, checkpoint=None):
     True actions are seen by references and, of the windows `labelled` (n,), by laom-labels."""
     require(method in (*METHODS, *REFERENCES), f"{method!r} is no method, nor a reference")
     require(len(windows), "no episode has two frames, so there is nothing to learn from")
-    device, (H, W) = windows.device, windows.video.frames.shape[2:4]
-    require(H == W == config.frame_size,
-            f"frames are {H} x {W} pixels, where frame_size is {config.frame_size}")
+    device = windows.device
     actions = windows.video.actions.shape[2] if method in SUPERVISED else 0
     networks = make_networks(config, method, actions).to(device)
     idm = networks["idm"]
@@ -668,7 +655,8 @@ def train_lam(config, windows, method, labelled=None, checkpoint=None):
 
 @torch.no_grad()
 def latents(network, windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """Latent actions (n, Z) f32 that an IDM, or a policy, gives the chosen windows, k = 1."""
+    """What a network that sees `network.frames` frames makes of the chosen windows, k = 1: an IDM
+    or a latent policy latent actions (n, Z) f32, a policy that acts actions (n, A)."""
     parts = np.array_split(chosen, math.ceil(len(chosen) / 500))
     with autocast(windows.device):
         z = [network(windows.seen(part, network.frames)).float().cpu() for part in parts]
@@ -680,11 +668,11 @@ def latents(network, windows: Windows, chosen: np.ndarray) -> np.ndarray:
 def ridge(inputs, targets, penalty=1e-4):
     """Ridge regression with intercept, closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A)."""
     inputs, targets = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
-    center, scale, offset = inputs.mean(0), inputs.std(0) + 1e-8, targets.mean(0)
+    center, scale, mean = inputs.mean(0), inputs.std(0) + 1e-8, targets.mean(0)
     X = (inputs - center) / scale
     gram = X.T @ X + penalty * len(X) * np.eye(X.shape[1])
-    weights = np.linalg.solve(gram, X.T @ (targets - offset))
-    return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + offset
+    weights = np.linalg.solve(gram, X.T @ (targets - mean))
+    return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + mean
 
 def nmse(prediction, target) -> np.ndarray:
     """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
@@ -699,13 +687,11 @@ def r2(prediction, target) -> float:
     return float(1 - nmse(prediction[:, moves], target[:, moves]).mean()) if moves.any() else 0.0
 
 def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """Frame t + 1 with the agent masked out, averaged in a 4x4 grid: (n, 48) f32. Whatever masks
-    are learnt with, here they are the video's: else what leaks would be the agent."""
-    index = torch.from_numpy(windows.index(chosen, 1)[:, 6])
+    """Frame t + 1 without the agent and its outline, averaged in a 4x4 grid: (n, 48) f32. Whatever
+    masks are learnt with, here they are the video's: else what leaks would be the agent."""
     masks, blocks = torch.from_numpy(windows.video.masks).flatten(0, 1), []
-    for part in index.split(500):
-        behind = masks[part, None].to(windows.frames.device)
-        behind = (behind < 26).float()  # (n, 1, H, W), no outlines either
+    for part in torch.from_numpy(windows.index(chosen, 1)[:, 6]).split(500):
+        behind = (masks[part, None] < 26).float().to(windows.frames.device)  # (n, 1, H, W)
         frames = windows.frames[part].permute(0, 3, 1, 2) * behind
         weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1e-3)
         blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
@@ -767,7 +753,6 @@ def regress_few(config, network, inputs, targets, rows, **how):
     stop, _, _ = min(fit(rows=first, held=held), key=lambda row: row[2])
     network.load_state_dict(fresh)
     fit(rows=rows, stop=stop)
-    network.eval()
 
 def make_policy(config, outputs):
     """A fresh network from the stack obs to `outputs` numbers, actions or latent actions."""
@@ -823,7 +808,7 @@ def clone_labels(config, windows, labelled):
     policy = make_policy(config, windows.video.actions.shape[2]).to(windows.device)
     regress_few(config, policy, windows.seen, windows.actions(), labelled, text="labels-only",
                 updates=config.policy_updates, lr=config.policy_lr)
-    return policy
+    return policy.eval()
 
 def action_nmse(policy, windows) -> float:
     """NMSE of a pixel policy's actions (n, A) on the demonstrations of windows."""
@@ -905,9 +890,8 @@ def bare_env(task: str):
     gym.logger.min_level = gym.logger.ERROR  # and environments'
     entry = get_task(task)
     env = gym.make(entry.env_id, disable_env_checker=True, **entry.options).unwrapped
-    env.rest = np.zeros(env.action_space.shape)  # the action that asks for the initial pose
-    if entry.servo:
-        env.rest = servo(env.model, **entry.servo)
+    # The action that asks for the initial pose.
+    env.rest = servo(env.model, **entry.servo) if entry.servo else np.zeros(env.action_space.shape)
     if entry.seconds:
         env.frame_skip = round(entry.seconds / env.model.opt.timestep)
     return env
@@ -915,7 +899,7 @@ def bare_env(task: str):
 state_env = functools.cache(bare_env)  # a process needs only one of each
 
 def load_expert(task: str) -> np.ndarray:
-    """A task's linear policy (A, 1 + S) f64: bias and weights, from its literal."""
+    """A task's linear policy (A, 1 + S) f64: bias and weights, from its literal in section 16."""
     return from_literal(EXPERTS[task], state_env(task).action_space.shape[0])
 
 def expert_input(task: str, state: np.ndarray, t: int) -> np.ndarray:
@@ -1065,7 +1049,7 @@ class Backdrop:
 
     TEXTURES, SPRITES, PERSISTENCE = 2, 12, 0.5
     D = 2 * (TEXTURES + SPRITES)  # velocities: of sprites down and right, of textures up and left
-    COLORS = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
+    BRIGHTEST = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
 
     def __init__(self, rng, tied, correlation=0.5, speed=5.0, size=64, files=()):
         self.rng, self.correlation, self.speed = rng, correlation, speed
@@ -1094,7 +1078,7 @@ class Backdrop:
     def _colors(self, *shape):
         """Random colours, RGB and nothing in the four bytes of a u32: they copy as one number."""
         rgb = np.zeros((*shape, 4), np.uint8)
-        rgb[..., :3] = self.rng.integers(0, self.COLORS, (*shape, 3))
+        rgb[..., :3] = self.rng.integers(0, self.BRIGHTEST, (*shape, 3))
         return rgb.view(np.uint32)[..., 0]
 
     def _texture(self):
@@ -1116,8 +1100,7 @@ class Backdrop:
     def step(self, action):
         """Move everything; action: (A,) as executed, scaled to [-1, 1]."""
         keep, rho = self.PERSISTENCE, self.correlation
-        fresh = self.rng.standard_normal(self.D)
-        self.noise = keep * self.noise + math.sqrt(1 - keep**2) * fresh
+        self.noise = keep * self.noise + math.sqrt(1 - keep**2) * self.rng.standard_normal(self.D)
         follow = self.projection @ (action - self.mean)
         drive = rho * follow + math.sqrt(1 - rho**2) * self.noise
         self.velocity = (self.speed * drive).astype(np.float32)
@@ -1156,8 +1139,7 @@ class Footage(Backdrop):
     def draw(self):
         frame = self.film[self.time % len(self.film)]
         mirrored = np.pad(frame, ((0, self.size), (0, self.size), (0, 0)), "symmetric")
-        corner = -self.position[0].astype(int)
-        return np.roll(mirrored, corner, (0, 1))[:self.size, :self.size]
+        return np.roll(mirrored, -self.position[0].astype(int), (0, 1))[:self.size, :self.size]
 
 def backdrop(files):
     """The class of what moves behind the agent: Footage if there are files to show."""
@@ -1206,7 +1188,8 @@ class Distractors(gym.Wrapper, gym.utils.RecordConstructorArgs):
     tied: from `Backdrop.tie`, with actions of the policy at work; None: with uniform actions.
     files: paths of videos and pictures to show instead, see `Footage`, with its own `tie`.
     info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
-        (D,) f32 velocities of the background, pixels a step, "action" (A,) f32 as executed.
+        (D,) f32 velocities of the background, pixels a step, "action" (A,) f32 as executed, in
+        the environment's units.
     reset(seed=s) seeds physics and distractors; equal seeds give equal frames."""
 
     SCALE = 0.1  # of the Distracting Control Suite; its "easy" level
@@ -1405,7 +1388,7 @@ def record(config, folder, pmap=itertools.starmap):
 # student the simulator does SAM's part.
 def sam_path(model: str, file: str = "") -> Path:
     """Where the checkpoint of a SAM is: `file`, or its place in torch's hub cache."""
-    return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model])
+    return Path(file or Path(torch.hub.get_dir()) / "checkpoints" / SAM_FILES[model][0])
 
 def with_masks_named(config):
     """The config with the source that --masks auto stands for: sam if its checkpoint is at hand."""
@@ -1421,7 +1404,7 @@ def load_sam(model: str, file: str, device):
     try:
         if not file and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(SAM_URL + path.name, str(path), path.stem[-6:])
+            torch.hub.download_url_to_file(SAM_URL + path.name, str(path), SAM_FILES[model][1])
     except (OSError, RuntimeError) as error:
         raise UserError(f"{SAM_URL}{path.name} cannot be downloaded ({first_line(error)}); "
                         "pass its file as --sam-checkpoint, or --masks simulator") from error
@@ -1528,9 +1511,9 @@ def check_masks(masks: np.ndarray, name: str):
 def find_masks(config, videos, device, checkpoint=None):
     """Masks of {name: Video} as --masks says.
 
-    Returns the student or None, {name: masks (E, T, H, W)}, {name: IoU with the simulator's}, and
-    of the student's keyframes (frames (n, H, W, 3), teacher's, student's and simulator's masks
-    (n, H, W)) or None, all u8."""
+    Returns the student or None, {name: masks (E, T, H, W)}, {"keyframes": IoU of the teacher with
+    the simulator} or {}, and of the student's keyframes (frames (n, H, W, 3), teacher's, student's
+    and simulator's masks (n, H, W)) or None, all u8."""
     config = with_masks_named(config)
     if config.masks == "simulator":
         return None, {name: video.masks for name, video in videos.items()}, {}, None
@@ -1566,9 +1549,7 @@ def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
         x = sign * F.max_pool2d(sign * x, 2 * reach + 1, 1, reach)
     x = F.pad(x, (config.shift, 0))[..., :x.shape[-1]]
     worse = x[:, 0].byte().numpy()
-    if not config.occlude:
-        return worse
-    for mask in worse:
+    for mask in worse if config.occlude else ():
         rows, columns = np.nonzero(mask >= 128)
         while len(rows) and (mask[rows, columns] == 0).mean() < config.occlude:
             i, (h, w) = rng.integers(len(rows)), rng.integers(1, mask.shape[0] // 8 + 1, 2)
@@ -1762,12 +1743,10 @@ def plot_sweep(rows: list[dict], path, title, what):
     save_figure(figure, path)
 
 def save_animation(films, path, seconds, scale=3):
-    """Side-by-side GIF of films (t, H, W, 3) u8, `seconds` a frame."""
+    """Side-by-side GIF of films (t, H, W, 3) u8, `seconds` a frame; what has ended stands still."""
     longest = max(len(film) for film in films)
-    columns = []
-    for film in films:
-        lasting = film[np.arange(longest).clip(max=len(film) - 1)]  # what ended stands still
-        columns.append(np.pad(lasting, ((0, 0), (0, 0), (0, 2), (0, 0))))
+    lasting = [film[np.arange(longest).clip(max=len(film) - 1)] for film in films]
+    columns = [np.pad(film, ((0, 0), (0, 0), (0, 2), (0, 0))) for film in lasting]
     frames = np.concatenate(columns, 2).repeat(scale, 1).repeat(scale, 2)
     images = [Image.fromarray(frame).quantize(64) for frame in frames]
     with written_whole(path) as file:
@@ -1796,6 +1775,28 @@ def summarize(results: list[dict]) -> dict:
 VERSIONS = {name: importlib.metadata.version(name) for name in (
     "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow")}
 
+def save_json(path, value):
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path} would have a number that is not finite") from error
+    with written_whole(path) as temporary:
+        temporary.write_text(text + "\n")
+
+def checksums(folder) -> dict:
+    """{path in the folder: SHA-256} of all its arrays."""
+    sums = {}
+    for path in sorted(folder.rglob("*.npy")):
+        with open(path, "rb") as file:
+            sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+def check_arrays(folder, known: dict):
+    """UserError unless a folder's arrays have the checksums known of them."""
+    found = checksums(folder)
+    for name in known:
+        require(known[name] == found.get(name), f"{folder / name} is damaged; pass --fresh")
+
 @functools.cache
 def source_text(stage: str) -> str:
     """The source of the sections whose banner names this stage or an earlier one."""
@@ -1815,8 +1816,7 @@ def cache_key(config, stage, name) -> str:
     stage."""
     chosen = {f.name: getattr(config, f.name) for f in fields(config)
               if STAGES.index(f.metadata["stage"]) <= STAGES.index(stage)}
-    learner = name.removesuffix("-targets")
-    if learner in SUPERVISED and learner not in REFERENCES:  # sees labels before they are decoded
+    if name.removesuffix("-targets") in {*SUPERVISED} - {*REFERENCES}:  # labels before decoding
         chosen["labels"] = config.labels
     files = [file_stamps(chosen[path]) for path in ("backgrounds", "sam_checkpoint")
              if chosen.get(path)]
@@ -1905,7 +1905,7 @@ class Run:
                 read_film(path, self.config.frame_size)
             return record(self.config, folder, pmap)
 
-        self.frames = self.cached("record", "video", compute)
+        self.recorded = self.cached("record", "video", compute)  # how many frames
         return {name: Video.open(folder / name) for name in SPLITS[:3]}
 
     @property
@@ -1916,7 +1916,8 @@ class Run:
 
     @functools.cached_property
     def masks(self):
-        """-> (student or None, {video's name: masks}, {video's name: IoU with the simulator's})."""
+        """-> (student or None, {video's name: masks}, {video's name, or "keyframes": IoU with the
+        simulator's})."""
         config, videos, source = self.config, self.videos, self.undegraded
         folder = self.path("mask", "masks").with_suffix("")
 
@@ -1961,8 +1962,7 @@ class Run:
 
         def compute(partial):
             labelled = labelled_windows(config, training)
-            networks, _ = train_lam(config, training, name, labelled, partial)
-            return networks
+            return train_lam(config, training, name, labelled, partial)[0]
 
         return self.cached("lam", name, compute, make_networks(config, name, self.actions))
 
@@ -1990,8 +1990,7 @@ class Run:
         config, targets = self.config, self.targets(name)
 
         def compute(partial):
-            text = f"{name} policy"
-            return clone(config, self.windows[0], targets, text, partial)
+            return clone(config, self.windows[0], targets, f"{name} policy", partial)
 
         return self.cached("policy", name, compute, make_policy(config, targets.shape[1]))
 
@@ -2009,8 +2008,7 @@ class Run:
             return decode(config, policy, training, targets, labelled, name)
 
         make = make_policy if name == "labels-only" else LatentPolicy
-        fresh = make(config, self.actions)
-        return self.cached("decode", name, compute, fresh), len(labelled)
+        return self.cached("decode", name, compute, make(config, self.actions)), len(labelled)
 
     def evaluate(self, name):
         """-> (returns, film, held-out error of the actions, see `action_nmse`) of a pixel policy,
@@ -2111,7 +2109,7 @@ class Run:
                 getattr(self, stage)(name)  # with its seconds, from the cache
                 seconds += self.seconds[stage][name]
             rates[stage] = round(config.batch_size * updates * len(config.methods) / seconds)
-        return rates | dict(frames=round(self.frames / self.seconds["record"]["video"]))
+        return rates | dict(frames=round(self.recorded / self.seconds["record"]["video"]))
 
 def compute_in_worker(config, folder, stage, name):
     """Compute one result, which leaves it in the run's cache."""
@@ -2165,7 +2163,7 @@ def run_sweep(config, name, folder, device, pool):
     acts = name == "labels"  # the other sweeps end with the probe
     if acts:
         run.scale()  # alike at all points
-    for stage in ("lam", "probe", "policy", "decode", "evaluate") if acts else ("lam", "probe"):
+    for stage in ("lam", "policy", "decode", "evaluate") if acts else ("lam", "probe"):
         compute_missing([(run, stage, result) for run in runs.values()
                          for result in run.plan()[stage] if result not in (*REFERENCES, "oracle")])
 
@@ -2173,13 +2171,16 @@ def run_sweep(config, name, folder, device, pool):
         for method in (*run.config.methods, "labels-only") if acts else run.config.methods:
             found = run.returns(method) if acts else run.probe(method)
             numbers = {key: found[key] for key in TITLES if key in found and key != "return_mean"}
-            rows.append(dict(point=point, method=method) | numbers)
+            at = found["labels"] if acts else point  # where bodies fell there are fewer labels
+            rows.append(dict(point=at, method=method) | numbers)
             print(f"{point:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
-    with written_whole(folder / f"sweep-{name}.csv") as part, open(part, "w", newline="") as file:
+    written, figure = folder / f"sweep-{name}.csv", folder / f"sweep-{name}.png"
+    with written_whole(written) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    plot_sweep(rows, folder / f"sweep-{name}.png", f"--task {config.task} --sweep {name}", label)
+    plot_sweep(rows, figure, f"--task {config.task} --sweep {name}", label)
+    print("files:", written, figure)
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -2335,6 +2336,7 @@ def run_seeds(config, options, pool):
     for seed in range(options.seeds) if options.seeds else [config.seed]:
         folder = Path(options.out) / f"{tag}-{seed}"
         config = replace(config, seed=seed)
+        print("seed", seed)
         with own_folder(folder, config, options.fresh):
             if options.sweep:
                 result = run_sweep(config, options.sweep, folder, device, pool)
@@ -2393,12 +2395,12 @@ def train_expert(task, directions=24, top=12, size=0.06, step=0.03, noise=0.3, p
     """Augmented random search for a linear policy that survives being imitated -> its literal.
 
     It starts from holding the initial pose. Each iteration tries `directions` random directions,
-    normal of scale `size`, both ways and moves by `step` (decaying to a fifth) along the `top`
-    best. States are whitened by running statistics. Clones err, and err again in the same state: so
-    `size` is large, which makes gaits that stand errors of the policy, and actions are disturbed by
-    noise of scale 0 to `noise`, much the same from one step to the next. Every 20 iterations six
-    fixed episodes, half of them disturbed, decide whether this is the best policy so far. Stops
-    after `budget` steps."""
+    normal of scale `size`, both ways in episodes of `horizon` steps, and moves by `step` (decaying
+    to a fifth) along the `top` best. States are whitened by running statistics. Clones err, and err
+    again in the same state: so `size` is large, which makes gaits that stand errors of the policy,
+    and actions are disturbed by noise of scale 0 to `noise`, much the same from one step to the
+    next. Every 20 iterations six fixed episodes, half of them disturbed, decide whether this is the
+    best policy so far. Stops after `budget` steps."""
     rest, rng = state_env(task).rest, generator(seed, "expert")
     A, S = len(rest), state_rollout(task, None, 0, 1)[0].shape[1]
     weights, mean, std = np.c_[rest, np.zeros((A, S))], np.zeros(S), np.ones(S)
@@ -2445,9 +2447,11 @@ def search_expert(name, seed):
         print(f'    "{name}": {task},')
     literal = train_expert(name, **task.search, seed=seed)
     expert = from_literal(literal, len(env.rest))
-    returns = [state_rollout(name, expert, 10**6 + i, 500)[2].sum() for i in range(10)]
+    returns, chance = ([state_rollout(name, policy, 10**6 + i, 500)[2].sum() for i in range(10)]
+                       for policy in (expert, None))
     print(f'    "{name}": "{literal}",')
-    print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}")
+    print(f"return on ten unseen seeds: {np.mean(returns):.0f} +- {np.std(returns):.0f}, of random "
+          f"actions {np.mean(chance):.0f}")
 
 def to_literal(expert) -> str:
     """A linear policy (A, 1 + S) as text: float16, low bytes before high, deflated, in base 85."""
@@ -2460,54 +2464,49 @@ def from_literal(literal, actions) -> np.ndarray:
     return planes.T.copy().view(np.float16).reshape(actions, -1).astype(float)
 
 EXPERTS = {  # see `to_literal`; cheetah's, swimmer's and ant's were rounded to eight bits a weight
-    "cheetah":
-        "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg{{7xZN"
-        "_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)=?UCA"
-        "vx%tclSy-y3<32>B<ACL}A2L",
-    "hopper":
-        "c-jF-0Jr}kt8YbM2|~8md)K+A>0J(4nN29k2RHKa7T4MA-oxooA(1)2K)boCGcUCzt)e2pLA<dzJhrr}rz|eVNWVK"
-        "Ww7ah*Dk(53z9UW",
-    "walker":
-        "c-jHj04M(h3<o0)hMjh>ny9{5lLXQP+ZOl~qJuf-px+N0u~sHxWDmElTIG5|q1JYlkC6d<pCa{X0I=VCmBP9aP0JM"
-        "VVdSw8r&4|dY3a!*wcJxzP?&l3VuVZ=svY?qL7xg3&{jsP1`%q&$|54gMZ2{)C%nG6ursc#DyA(ku*XNiKr}r#KDo"
-        "Fvp0X$}FD@m=N4zvRJG;KJxjV5qH8ixUvA;s4JUuuspRu+yDKf7bDW@z$z&o_IGPk}hurw$xAuO`6Ft$BBwKh6IJ3"
-        "O~JFR-z(D=aB*(_a|",
+    "cheetah": "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg"
+        "{{7xZN_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)"
+        "=?UCAvx%tclSy-y3<32>B<ACL}A2L",
+    "hopper": "c-jF-0Jr}kt8YbM2|~8md)K+A>0J(4nN29k2RHKa7T4MA-oxooA(1)2K)boCGcUCzt)e2pLA<dzJhrr}rz|e"
+        "VNWVKWw7ah*Dk(53z9UW",
+    "walker": "c-jHj04M(h3<o0)hMjh>ny9{5lLXQP+ZOl~qJuf-px+N0u~sHxWDmElTIG5|q1JYlkC6d<pCa{X0I=VCmBP9"
+        "aP0JMVVdSw8r&4|dY3a!*wcJxzP?&l3VuVZ=svY?qL7xg3&{jsP1`%q&$|54gMZ2{)C%nG6ursc#DyA(ku*XNiKr}r"
+        "#KDoFvp0X$}FD@m=N4zvRJG;KJxjV5qH8ixUvA;s4JUuuspRu+yDKf7bDW@z$z&o_IGPk}hurw$xAuO`6Ft$BBwKh6"
+        "IJ3O~JFR-z(D=aB*(_a|",
     "swimmer": "c-m`VU|?u~;0A^U5Hhm0-nY|Yi=p=V%{JT23^(iP0syR03o`",
-    "ant":
-        "c-l=)YmS025biPd7g1i@qG%OdT8)XxUaZI19~(kcK#=EBSBa91H(Lb}JLyd3d&~@A3;=LT&$#t>2(;x6)+hkap4AU"
-        "La_i|t>_x?1ybaYbp!KrO$hzOKkD<+iR^FV{UD$e_qGmwN{H@59@Z6j(j)kCt%p8O}TayQGfn)R4@B9FZR7X0+xsF"
-        "Eu2)lj&6>*Q~rKo5bb7Gy2V{8U#G_*bVZ99@}UzfO=$7o`Z;>_n`6+3I!Lz`gdsqgd>q@M@mE%;<+%#u9wU?Oe(V2"
+    "ant": "c-l=)YmS025biPd7g1i@qG%OdT8)XxUaZI19~(kcK#=EBSBa91H(Lb}JLyd3d&~@A3;=LT&$#t>2(;x6)+hkap4"
+        "AULa_i|t>_x?1ybaYbp!KrO$hzOKkD<+iR^FV{UD$e_qGmwN{H@59@Z6j(j)kCt%p8O}TayQGfn)R4@B9FZR7X0+xs"
+        "FEu2)lj&6>*Q~rKo5bb7Gy2V{8U#G_*bVZ99@}UzfO=$7o`Z;>_n`6+3I!Lz`gdsqgd>q@M@mE%;<+%#u9wU?Oe(V2"
         "d{DS5B&o$2m8!e9UDv4B=2vTo3eISS?LLr#j8ZaQ&fah6wu+)MBx(D^Yp2D9MaewN7P9@csviiO`cB3CQ6;wQPxH",
-    "humanoid":
-        "c-nQ;dsGuw9>DRd9xY0h)(Qv-kc7OSGm{4dA{q>>t+v+oXe+vEwbkyTE9dxVX?@iCXmP7nJqUz|33*MDnPf7PNdgi"
-        "iDA4tBd}7xJurA`RWvjAaZME8+`~m+lbM86w&)j>zpFe($U$MYa0QLi_x@33H^{smm^WXG0kD%ZQm;k^|usrnzXIJ"
-        "UNaX<OnpOXIr%)<g^K!H|J2*B&$FQ5s02PP!}fPk(yKyT87l)ib3^ZQFL-(NlDF_42=(4PWK$G6@BS9}-lJ<l#p&E"
-        "3QK?9F}PBACnk{RVh+6%e2YTm{QODF7Dm{sK^|;O=oOUuSns>PDuf6@Z7}AW#f}{>O@s4B4v|XU+bxY|-t#!_GgQ1"
-        "M|Q$a1P7__nqJxco|$_HvDw;+Opr?*}k{3@8#8d9w+@P_qDAzH}4qMPyF7^ty;1u^l4t&yJ_i?e^&H%97%esA6@r("
-        "adi6!NyYQG-_P1`dGMF=q+m5Zyo}4w`=V#}cuDdxSHpPKN4EyL_t>I42Jd`bto={&k6FGy*WNB&mwcciB{ubD6{qP"
-        "E^{c~ZoBq4N%BGfEF86+>yqdJ;rL&b;D}TwAuX(mA^s~ArdAR88j&fW1fML@e=^t?Cmwog6H4i2Yy)ys7!~#{v`&G"
-        "-r<QCKMN3pblyTS57)6`k#&BViM=<ey1NGogYcN~7@1k=;={GJEBJs-SwrR(XPlnwf9W$k;LJwLqqBuRXK-V~$dQ2"
-        "Qdd?3>CD2XD0uPq>nvUB2bywAFL}dwR`^5tp-_G&f_#!F?Ny|7Kx#MqTdR(TqF1Jz4wpL{a74p|M;(9&u^!&AU<Db"
-        "<0`%^`@ao2S!~WS(@w0(SxUc@A~rF>HiqZrESE;MqDj4r@X4GGxc3-t{8RcB6HTP@85qdy{%yU<P~GN{4nCuzH4&#"
-        "TV3js_wIH+$+$P_GC-%#E{~m{R5j(#7l_7k*_E@fVwJx8f(aaI^le^HG*0}Y`lX|Lrg>m^{h~*qcP2yxfwz0*+37K"
-        ">bLG*Uo&_1pe(M$(Dq7~?+dg@vMg<paJp1<Y%g&sE{jHsJ>*P*4vTyiw8~@T!*~Lw>c7E{{J4;VHPMeRN{OOw+$?e"
-        "$6ZI^a0>D*@PUOxZH#U&}O2ai5ns7oy<+${z9!G(&$>zc2xAAD?>TE;FdO>I4S$o}GL2GL|K*!W4o&!?w!-dg-_(v"
-        "DqQZcKV}_5t3s89C_E2W82;+vjIodtT5tRQ!~@-oJ6AsPGy455<KW__(#(6|i-*C^uN3m;XBRNY%2x3gaDP6`dL>T"
-        "2gCi&70iU^s#lFeEhS~qQB3{k`8oMnm3$Z+7<YGtfJ6J(L=6ex@;@7;duMGj%PKaMR0Pe`R>A4+n`DGeZ}xtMFwLW"
-        "&;XnPp%4pCES-!9`-lKg04D%JAjoN`PArbtZbj{hDP;r(5Mm~a6@WJ84Kee{?+2h5Xj(w@WEiO})R7skK)s8|26?~"
-        ">GQEJuvhmDy+=h$>VUAsRLQLZx5N9?=00~GnvmXqi%wi5K0fZhzVzeVTOUsADN@rLlV2;oMxdb?!Hd~#L%Vlx19o%"
-        "fbMvUp0%fKKEWWXI{KD0o?OsctxwiYC+ZVJ(eUlOHtFy)8nfD92+>Ku$Kw`a)&*>1F|8nxML(0Uvt6(xlRzZZfUd="
-        "$S!uOlFZU3{!<j-kM)48?+Elp^yol^96`GfBV9g{Wbl140jD89Wy+!zSifBrZNIB|LM_6k(A(L?ux84YTqIN{LBTZ"
-        "AxRvM3Ne5*c(A~0m3H}c?1f=kJ6Z0WP!LDSzfNCUS_jNgm$OJts%8%j0DV5yQHYvUDOhWX<Ftsmo&EfqmAKave`*t"
-        "!Nw?|R$_9<3y~2FmkRI<%*}S7-gK^0kR`DRL<ppXiVz%<z>WZ-i#6)Cbe@>!V_b@me5y$k4e8)8W205c)Jh0JDJn;"
-        "9ljpkJRW%8lnc{je*RBvFc*#kF(n~-*pW4yUsDmKfjwW21jDAfF)@3jzjEx!bBXCeAL?~Fshr|h!gbga>qgG4M3rX"
-        "ghisX?95)j}@Lo6Sn{Fpc4qA?+e#;fxazOXNfIB~+~_V~rLT<vB<wmQZnVUsJc@H|3M2%*o!i6Dz|c~MGKR1^-<TA"
-        "3)}qKxWw%}Bx|VS@#{Q~-mJh#dDi@me=ylCbe`1p;T5n<Qwc1yMjAm>(d+F}<FqBjN^Myl9RgUx&vca7gU&lR-SHm"
-        "FT$|1%e}7Hp|a*NxjE1E#`Vma?IipYNco}RHCuM9$P@6;=LYkgTh(@lbKrL#%3qZmnowD`o<<4ijZs%tO`&V2`Ohd"
-        "c*i*nxndD&N4-{zUl(>m8g)F5Yo%d{8=_{n&OwQw-$%5Dio-3U5S<sa;E)EAA()7UTymM84k~bwI~5gi1cExAS&pK"
-        "d6C91e;)`esF^*0paJh(LV^q>asmu~%ORFKO!)Ha5Ff0#hP$nl7)p>A4f!NqACC|*x%ocj3X%>$QlcXhzG$kQx(8C"
-        "SjDqcst7}9AW%y*{9Xf!x+hfH6fAaK1h+XDw8lto3!NkTb;&qLkf+$<~4j`3Njmy;->;zpd7>LenFI@Q{WLP4buVv"
-        "2MvZVeq#Gc_brMF{0`H!V}rutMQ>S0!o^RVQ*dm>3N?*|JEeP|gXfoGu|$9FKaM)T&I${{isX8qN",
+    "humanoid": "c-nQ;dsGuw9>DRd9xY0h)(Qv-kc7OSGm{4dA{q>>t+v+oXe+vEwbkyTE9dxVX?@iCXmP7nJqUz|33*MDnP"
+        "f7PNdgiiDA4tBd}7xJurA`RWvjAaZME8+`~m+lbM86w&)j>zpFe($U$MYa0QLi_x@33H^{smm^WXG0kD%ZQm;k^|us"
+        "rnzXIJUNaX<OnpOXIr%)<g^K!H|J2*B&$FQ5s02PP!}fPk(yKyT87l)ib3^ZQFL-(NlDF_42=(4PWK$G6@BS9}-lJ<"
+        "l#p&E3QK?9F}PBACnk{RVh+6%e2YTm{QODF7Dm{sK^|;O=oOUuSns>PDuf6@Z7}AW#f}{>O@s4B4v|XU+bxY|-t#!_"
+        "GgQ1M|Q$a1P7__nqJxco|$_HvDw;+Opr?*}k{3@8#8d9w+@P_qDAzH}4qMPyF7^ty;1u^l4t&yJ_i?e^&H%97%esA6"
+        "@r(adi6!NyYQG-_P1`dGMF=q+m5Zyo}4w`=V#}cuDdxSHpPKN4EyL_t>I42Jd`bto={&k6FGy*WNB&mwcciB{ubD6{"
+        "qPE^{c~ZoBq4N%BGfEF86+>yqdJ;rL&b;D}TwAuX(mA^s~ArdAR88j&fW1fML@e=^t?Cmwog6H4i2Yy)ys7!~#{v`&"
+        "G-r<QCKMN3pblyTS57)6`k#&BViM=<ey1NGogYcN~7@1k=;={GJEBJs-SwrR(XPlnwf9W$k;LJwLqqBuRXK-V~$dQ2"
+        "Qdd?3>CD2XD0uPq>nvUB2bywAFL}dwR`^5tp-_G&f_#!F?Ny|7Kx#MqTdR(TqF1Jz4wpL{a74p|M;(9&u^!&AU<Db<"
+        "0`%^`@ao2S!~WS(@w0(SxUc@A~rF>HiqZrESE;MqDj4r@X4GGxc3-t{8RcB6HTP@85qdy{%yU<P~GN{4nCuzH4&#TV"
+        "3js_wIH+$+$P_GC-%#E{~m{R5j(#7l_7k*_E@fVwJx8f(aaI^le^HG*0}Y`lX|Lrg>m^{h~*qcP2yxfwz0*+37K>bL"
+        "G*Uo&_1pe(M$(Dq7~?+dg@vMg<paJp1<Y%g&sE{jHsJ>*P*4vTyiw8~@T!*~Lw>c7E{{J4;VHPMeRN{OOw+$?e$6ZI"
+        "^a0>D*@PUOxZH#U&}O2ai5ns7oy<+${z9!G(&$>zc2xAAD?>TE;FdO>I4S$o}GL2GL|K*!W4o&!?w!-dg-_(vDqQZc"
+        "KV}_5t3s89C_E2W82;+vjIodtT5tRQ!~@-oJ6AsPGy455<KW__(#(6|i-*C^uN3m;XBRNY%2x3gaDP6`dL>T2gCi&7"
+        "0iU^s#lFeEhS~qQB3{k`8oMnm3$Z+7<YGtfJ6J(L=6ex@;@7;duMGj%PKaMR0Pe`R>A4+n`DGeZ}xtMFwLW&;XnPp%"
+        "4pCES-!9`-lKg04D%JAjoN`PArbtZbj{hDP;r(5Mm~a6@WJ84Kee{?+2h5Xj(w@WEiO})R7skK)s8|26?~>GQEJuvh"
+        "mDy+=h$>VUAsRLQLZx5N9?=00~GnvmXqi%wi5K0fZhzVzeVTOUsADN@rLlV2;oMxdb?!Hd~#L%Vlx19o%fbMvUp0%f"
+        "KKEWWXI{KD0o?OsctxwiYC+ZVJ(eUlOHtFy)8nfD92+>Ku$Kw`a)&*>1F|8nxML(0Uvt6(xlRzZZfUd=$S!uOlFZU3"
+        "{!<j-kM)48?+Elp^yol^96`GfBV9g{Wbl140jD89Wy+!zSifBrZNIB|LM_6k(A(L?ux84YTqIN{LBTZAxRvM3Ne5*c"
+        "(A~0m3H}c?1f=kJ6Z0WP!LDSzfNCUS_jNgm$OJts%8%j0DV5yQHYvUDOhWX<Ftsmo&EfqmAKave`*t!Nw?|R$_9<3y"
+        "~2FmkRI<%*}S7-gK^0kR`DRL<ppXiVz%<z>WZ-i#6)Cbe@>!V_b@me5y$k4e8)8W205c)Jh0JDJn;9ljpkJRW%8lnc"
+        "{je*RBvFc*#kF(n~-*pW4yUsDmKfjwW21jDAfF)@3jzjEx!bBXCeAL?~Fshr|h!gbga>qgG4M3rXghisX?95)j}@Lo"
+        "6Sn{Fpc4qA?+e#;fxazOXNfIB~+~_V~rLT<vB<wmQZnVUsJc@H|3M2%*o!i6Dz|c~MGKR1^-<TA3)}qKxWw%}Bx|VS"
+        "@#{Q~-mJh#dDi@me=ylCbe`1p;T5n<Qwc1yMjAm>(d+F}<FqBjN^Myl9RgUx&vca7gU&lR-SHmFT$|1%e}7Hp|a*Nx"
+        "jE1E#`Vma?IipYNco}RHCuM9$P@6;=LYkgTh(@lbKrL#%3qZmnowD`o<<4ijZs%tO`&V2`Ohdc*i*nxndD&N4-{zUl"
+        "(>m8g)F5Yo%d{8=_{n&OwQw-$%5Dio-3U5S<sa;E)EAA()7UTymM84k~bwI~5gi1cExAS&pKd6C91e;)`esF^*0paJ"
+        "h(LV^q>asmu~%ORFKO!)Ha5Ff0#hP$nl7)p>A4f!NqACC|*x%ocj3X%>$QlcXhzG$kQx(8CSjDqcst7}9AW%y*{9Xf"
+        "!x+hfH6fAaK1h+XDw8lto3!NkTb;&qLkf+$<~4j`3Njmy;->;zpd7>LenFI@Q{WLP4buVv2MvZVeq#Gc_brMF{0`H!"
+        "V}rutMQ>S0!o^RVQ*dm>3N?*|JEeP|gXfoGu|$9FKaM)T&I${{isX8qN",
 }
 
 if __name__ == "__main__":

@@ -356,7 +356,7 @@ def test_an_expert_for_an_environment_without_an_entry(monkeypatch, capsys):
         patch.setattr(masklam, "get_task", lambda name: masklam.Task(name, search=search))
         assert masklam.main(["--task", "InvertedPendulum-v5", "--train-expert"]) == 0
     text = capsys.readouterr().out
-    assert "assumed" in text and "return on ten unseen seeds" in text
+    assert "assumed" in text and "return on ten unseen seeds" in text and "of random" in text
     task, expert = (eval("{" + line + "}", vars(masklam))["InvertedPendulum-v5"]
                     for line in text.splitlines() if line.startswith("    "))
     assert task.search == search and task.camera[0] > 0
@@ -1150,8 +1150,8 @@ def test_a_file_that_is_no_checkpoint_gets_one_line(kind, fitted_sam, small_regi
 def served(fitted_sam, tmp_path, monkeypatch):
     """SAM's official address is a server on this machine, torch's hub cache an empty folder."""
     content = fitted_sam.read_bytes()
-    good = f"sam_vit_b_{hashlib.sha256(content).hexdigest()[:6]}.pth"
-    site = {good: content, "sam_vit_b_000000.pth": content, "sam_vit_b_111111.pth": b"<html>"}
+    good, digest = "sam_vit_b_good.pth", hashlib.sha256(content).hexdigest()
+    site = {good: content, "sam_vit_b_other.pth": content[:-1], "sam_vit_b_html.pth": b"<html>"}
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -1166,9 +1166,17 @@ def served(fitted_sam, tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(masklam, "SAM_URL", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(masklam.SAM_FILES, "vit_b", good)
+    monkeypatch.setitem(masklam.SAM_FILES, "vit_b", (good, digest))
     yield good
     server.shutdown()
+
+
+def test_official_checkpoints_are_known_by_name_and_sha256():
+    """The names end in the start of the files' MD5, which torch.hub does not check."""
+    known = {"sam_vit_b_01ec64.pth": "ec2df627", "sam_vit_l_0b3195.pth": "3adcc431",
+             "sam_vit_h_4b8939.pth": "a7bf3b02"}
+    assert {name: digest[:8] for name, digest in masklam.SAM_FILES.values()} == known
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for _, digest in masklam.SAM_FILES.values())
 
 
 def test_the_checkpoint_is_downloaded_once_and_then_found(served, small_registry, monkeypatch):
@@ -1179,7 +1187,7 @@ def test_the_checkpoint_is_downloaded_once_and_then_found(served, small_registry
     masklam.load_sam("vit_b", "", "cpu")
 
 
-@pytest.mark.parametrize("kind, named", [("000000", "invalid hash"), ("111111", "invalid hash"),
+@pytest.mark.parametrize("kind, named", [("other", "invalid hash"), ("html", "invalid hash"),
                                          ("offline", "refused"), ("full", "No space left")])
 def test_a_failed_download_gets_one_line_and_leaves_nothing(kind, named, served, small_registry,
                                                             monkeypatch, capsys):
@@ -1190,7 +1198,8 @@ def test_a_failed_download_gets_one_line_and_leaves_nothing(kind, named, served,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         monkeypatch.setattr(torch.hub, "tqdm", full)  # what opens once bytes have arrived
     else:
-        monkeypatch.setitem(masklam.SAM_FILES, "vit_b", f"sam_vit_b_{kind}.pth")
+        _, digest = masklam.SAM_FILES["vit_b"]
+        monkeypatch.setitem(masklam.SAM_FILES, "vit_b", (f"sam_vit_b_{kind}.pth", digest))
     with pytest.raises(masklam.UserError, match=named) as error:
         masklam.load_sam("vit_b", "", "cpu")
     assert "--sam-checkpoint" in str(error.value) and "\n" not in str(error.value)
@@ -1290,15 +1299,22 @@ def test_the_laptops_networks_move_pixels_and_hidden_adds_a_layer():
     (dict(length=np.array([9, 3])), "length"),
     (dict(masks=np.zeros((5, 9, 8, 8, 1), np.uint8)), "mask for every frame"),
     (dict(frames=np.zeros((5, 9, 8, 8, 3), np.float32)), "bytes"),
-    (dict(masks=np.zeros((5, 9, 8, 8), bool)), "bytes")])
+    (dict(masks=np.zeros((5, 9, 8, 8), bool)), "bytes"),
+    (dict(masks=np.ones((5, 9, 8, 8), np.uint8)), "255")])
 def test_a_video_that_would_be_misread_is_refused(fault, words):
     with pytest.raises(masklam.UserError, match=words):
         Windows(replace(random_video(), **fault))
 
 
-def test_frames_of_another_size_than_the_configs_are_refused():
-    with pytest.raises(masklam.UserError, match="frame_size"):
-        masklam.train_lam(replace(TINY, frame_size=64), tiny_windows(), "lapo")
+@pytest.mark.parametrize("method", ["lapo", "laom", "past-only"])
+@pytest.mark.parametrize("wrong", [dict(frame_size=64), dict(mask_input=True)], ids=str)
+def test_frames_that_do_not_fit_the_config_are_refused(method, wrong):
+    config = replace(TINY, **dict(frame_size=32) | wrong)
+    with pytest.raises(masklam.UserError, match=next(iter(wrong))):
+        masklam.train_lam(config, tiny_windows(), method)
+    policy = masklam.make_policy(config, 6)
+    with pytest.raises(masklam.UserError, match=next(iter(wrong))):
+        masklam.latents(policy, tiny_windows(), np.arange(3))
 
 
 def test_a_method_that_there_is_not_and_video_without_a_transition_are_refused():
@@ -2619,10 +2635,12 @@ def test_seeds_are_run_each_in_its_folder_and_summarised(smoke, tmp_path):
     assert summary["methods"]["masklam"]["probe_nmse"]["mean"] == pytest.approx(np.mean(values))
 
 
-def test_a_sweep_of_labels_ends_with_returns(smoke, monkeypatch):
+def test_a_sweep_of_labels_ends_with_returns(smoke, monkeypatch, capsys):
     folder, _, results = smoke
     monkeypatch.setitem(masklam.SWEEPS, "labels", [dict(labels=80)])  # and all 156
     assert masklam.main([*FLAGS, "--out", str(folder.parent), "--sweep", "labels"]) == 0
+    files = [str(folder / f"sweep-labels.{kind}") for kind in ("csv", "png")]
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["files:", *files]
     with open(folder / "sweep-labels.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["point"], row["method"]) for row in rows] == [
