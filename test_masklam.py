@@ -2205,10 +2205,11 @@ def test_summary_gives_mean_deviation_and_interval():
 
 
 SECTIONS = {  # and the stage that an edit of them redoes
-    "Config": None, "Video": "record", "Networks": "mask", "Latent action models": "lam",
-    "Linear probe": "probe", "Latent policy": "policy", "Bodies": "record", "Renderer": "record",
-    "Distractors": "record", "Recording": "record", "Masks": "mask", "Evaluation": "evaluate",
-    "Report": "report", "Pipeline": None, "Appendix: experts": None}
+    "Config, errors, files": None, "Video": "record", "Networks": "mask",
+    "Latent action models": "lam", "Linear probe": "probe", "Latent policy": "policy",
+    "Bodies": "record", "Renderer": "record", "Distractors": "record", "Recording": "record",
+    "Masks": "mask", "Evaluation": "evaluate", "Report": "report", "Pipeline": None,
+    "Appendix: experts": None}
 
 
 def cache_keys(config=SMOKE):
