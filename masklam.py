@@ -91,6 +91,7 @@ SAM_FILES = {  # official checkpoints and their SHA-256 (what their names end in
               "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
     "vit_h": ("sam_vit_h_4b8939.pth",
               "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e")}
+
 def option(stage, default, text, low=-math.inf, high=math.inf, choices=None):
     """A dataclass field that knows its stage, its help text and what values it allows."""
     metadata = dict(stage=stage, help=text, low=low, high=high, choices=choices)
