@@ -1077,19 +1077,16 @@ class Backdrop:
         self.sprites = [self._sprite() for _ in range(self.SPRITES)]
 
     def _colors(self, *shape):
-        """Random colours, RGB and nothing in the four bytes of a u32: they copy as one number."""
-        rgb = np.zeros((*shape, 4), np.uint8)
-        rgb[..., :3] = self.rng.integers(0, self.BRIGHTEST, (*shape, 3))
-        return rgb.view(np.uint32)[..., 0]
+        return self.rng.integers(0, self.BRIGHTEST, (*shape, 3)).astype(np.uint8)
 
     def _texture(self):
-        """8x8 random blocks, tiled twice so that any scroll is one slice: (2 period, 2 period)."""
+        """8x8 random blocks, tiled 2x2 so that any scroll is one slice: (2 period, 2 period, 3)."""
         block = math.ceil(self.period / 8)
         tile = self._colors(8, 8).repeat(block, 0).repeat(block, 1)[:self.period, :self.period]
-        return np.tile(tile, (2, 2))
+        return np.tile(tile, (2, 2, 1))
 
     def _sprite(self):
-        """A disc, box or diamond, half and half -> colours (s, s) u32, outline (s, s) bool."""
+        """A disc, box or diamond, half and half -> colours (s, s, 3), outline (s, s) bool."""
         s = int(self.rng.integers(self.size // 3, self.margin + 1))
         y, x = np.mgrid[:s, :s] - (s - 1) / 2
         reach = (np.hypot(x, y), 1.2 * np.maximum(abs(x), abs(y)), abs(x) + abs(y))
@@ -1115,10 +1112,10 @@ class Backdrop:
         canvas = np.concatenate([above[:self.horizon], below[self.horizon:]])
         for (colors, inside), (y, x) in zip(self.sprites, places[self.TEXTURES:]):
             spot = canvas[y:y + len(colors), x:x + len(colors)]  # clipped at the canvas's edge
-            h, w = spot.shape
-            np.copyto(spot, colors[:h, :w], where=inside[:h, :w])
+            h, w, _ = spot.shape
+            np.copyto(spot, colors[:h, :w], where=inside[:h, :w, None])
         visible = slice(self.margin, self.margin + self.size)
-        return canvas[visible, visible, None].view(np.uint8)[..., :3]
+        return canvas[visible, visible]
 
 class Footage(Backdrop):
     """A video, or a picture, behind the agent: one of `files` an episode, from any frame forwards
