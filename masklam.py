@@ -1341,8 +1341,7 @@ def record_episode(config, folder, split, index) -> int:
 def data_sizes(config):
     """-> A, S and D of what will be recorded."""
     env = state_env(config.task)
-    return (env.action_space.shape[0], env.observation_space.shape[0],
-            backdrop(config.backgrounds).D)
+    return *env.action_space.shape, *env.observation_space.shape, backdrop(config.backgrounds).D
 
 def check_room(config, folder, spare=0):
     """UserError where a folder's disk has no room for a recording and masks of its own, not even
