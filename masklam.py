@@ -1361,14 +1361,12 @@ def record(config, folder, pmap=itertools.starmap):
     disk has no room, or the simulation goes astray."""
     if not folder.exists():
         check_room(config, folder.parent)
-    sizes = data_sizes(config)
-    episodes = dict(training=config.episodes, heldout=config.heldout_episodes,
-                    decorrelated=config.heldout_episodes)
-    jobs = []
-    for split, E in episodes.items():
+    jobs, sizes = [], (config.steps, config.frame_size, *data_sizes(config))
+    for split in SPLITS[:3]:
+        E = config.episodes if split == "training" else config.heldout_episodes
         if not (folder / split / "length.npy").exists():
             try:
-                Video.create(folder / split, E, config.steps, config.frame_size, *sizes)
+                Video.create(folder / split, E, *sizes)
             except OSError:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
