@@ -936,26 +936,24 @@ def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, restart
     env, rng = state_env(task), generator(seed, "rollout")
     high = env.action_space.high
     state, _ = env.reset(seed=seed)
-    disturbance, start = np.zeros(len(high)), 0
-    states, actions, rewards = [], [], []
+    disturbance, start, done = np.zeros(len(high)), 0, []
 
     for t in range(steps):
-        states.append(expert_input(task, state, t - start))
+        seen = expert_input(task, state, t - start)
         fresh = rng.standard_normal(len(high))
         disturbance = persistence * disturbance + math.sqrt(1 - persistence**2) * fresh
         if expert is None:
             action = rng.uniform(-high, high)
         else:
-            action = expert_action(expert, states[-1], high) + noise * high * disturbance
+            action = expert_action(expert, seen, high) + noise * high * disturbance
         action = np.clip(action, -high, high)
         state, reward, terminated, _, info = env.step(action)
-        actions.append(action / high)
-        rewards.append(moving_reward(reward, info))
+        done.append((seen, action / high, moving_reward(reward, info)))
         if terminated and not restart:
             break
         if terminated:
             start, (state, _) = t + 1, env.reset()
-    return np.stack(states), np.stack(actions), np.array(rewards)
+    return tuple(map(np.stack, zip(*done)))
 
 # ==== 9. Renderer [record] ========================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
