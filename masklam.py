@@ -2141,37 +2141,36 @@ def sweep_points(config, name) -> list[dict]:
 
 def run_sweep(config, name, folder, device, pool):
     """Run the points of a sweep, with what is in the cache; write their numbers and a figure."""
-    points, runs, rows = sweep_points(config, name), {}, []
-    label = flag(*points[0]) if name != "masks" else ""  # of the axis; masks change by many flags
+    points, runs, rows = sweep_points(config, name), [], []
     for changes in points:
         methods = ("masklam",) if name in ONE_METHOD and runs else config.methods
-        run = Run(replace(config, **changes, methods=methods), folder, device, pool)
-        _, _, iou = run.masks  # recorded here, or every worker would
-        point = " ".join(map(str, changes.values()))
-        if name == "masks":
-            words = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
-            point = f"{words} (IoU {iou['training']:.2f})"
-        runs[point] = run
+        runs.append(Run(replace(config, **changes, methods=methods), folder, device, pool))
+        _ = runs[-1].masks  # recorded here, or every worker would
 
     acts = name == "labels"  # the other sweeps end with the probe
     if acts:
-        run.scale()  # alike at all points
+        runs[0].scale()  # alike at all points
     for stage in ("lam", "policy", "decode", "evaluate") if acts else ("lam", "probe"):
-        compute_missing([(run, stage, result) for run in runs.values()
-                         for result in run.plan()[stage] if result not in (*REFERENCES, "oracle")])
+        compute_missing([(run, stage, result) for run in runs for result in run.plan()[stage]
+                         if result not in (*REFERENCES, "oracle")])
 
-    for point, run in runs.items():
+    for changes, run in zip(points, runs):
+        point = " ".join(map(str, changes.values()))
+        if name == "masks":
+            words = ", ".join(f"{key} {value}" for key, value in changes.items()) or "as it is"
+            point = f"{words} (IoU {run.masks[2]['training']:.2f})"
         for method in (*run.config.methods, "labels-only") if acts else run.config.methods:
             found = run.returns(method) if acts else run.probe(method)
+            used = found.get("labels", point)  # where bodies fell fewer than were asked for
             numbers = {key: found[key] for key in TITLES if key in found and key != "return_mean"}
-            at = found["labels"] if acts else point  # where bodies fell there are fewer labels
-            rows.append(dict(point=at, method=method) | numbers)
-            print(f"{point:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
+            rows.append(dict(point=used, method=method) | numbers)
+            print(f"{used!s:32} {method:12}", *(f"{key} {x:.2f}" for key, x in numbers.items()))
     written, figure = folder / f"sweep-{name}.csv", folder / f"sweep-{name}.png"
     with written_whole(written) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    label = "" if name == "masks" else flag(*points[0])  # of the axis; masks change by many flags
     plot_sweep(rows, figure, f"--task {config.task} --sweep {name}", label)
     print("files:", written, figure)
 
