@@ -1715,12 +1715,11 @@ def plot_sweep(rows: list[dict], path, title, what):
             mine = [row for row in rows if row["method"] == method]
             points, values = [row["point"] for row in mine], [row[key] for row in mine]
             look = dict(color=COLORS.get(method, "black"), label=method)
-            if what and len(mine) == 1:
-                ax.axhline(values[0], linestyle="--", **look)
+            if len(mine) == 1:
+                across = ax.axhline if what else ax.axvline
+                across(values[0], linestyle="--", **look)
             elif what:
                 ax.plot(list(map(float, points)), values, "o-", **look)
-            elif len(mine) == 1:
-                ax.axvline(values[0], linestyle="--", **look)
             else:
                 ax.plot(values, points, "o", **look)
         ax.set_title(TITLES[key], fontsize=9)
