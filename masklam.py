@@ -180,7 +180,7 @@ def first_line(error) -> str:
 @contextlib.contextmanager
 def written_whole(path):
     """A temporary path to write to; it takes path's place, on disk, only if nothing failed."""
-    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
