@@ -1128,6 +1128,25 @@ def test_the_candidate_that_resembles_the_other_keyframes_is_chosen():
     assert (masklam.choose_masks(candidates, predicted) == 0).all()
 
 
+def test_a_candidate_of_the_other_keyframes_area_is_chosen():
+    candidates = np.zeros((12, 3, 32, 32), bool)
+    for candidate, (y, x) in zip(candidates, np.random.default_rng(0).integers(8, 16, (12, 2))):
+        candidate[0, y:y + 8, x:x + 8] = True  # the agent
+        candidate[1:, y - 4:y + 12, x - 4:x + 12] = True  # and what is around it
+    predicted = np.tile([0.95, 0.75, 0.75], (12, 1))
+    predicted[::3] = 0.75, 0.95, 0.95
+    assert (masklam.choose_masks(candidates, predicted) == 0).all()
+
+
+@pytest.mark.parametrize("wrong", [slice(0, 32), slice(16, 17)], ids=["everything", "a speck"])
+def test_a_candidate_of_an_implausible_area_is_not_chosen(wrong):
+    candidates = np.zeros((12, 3, 32, 32), bool)
+    candidates[:, :2, 12:20, 8:24] = True  # the agent, and once more
+    candidates[:, 2, wrong, wrong] = True  # the same in all keyframes, and SAM is sure of it
+    predicted = np.tile([0.8, 0.7, 0.99], (12, 1))
+    assert (masklam.choose_masks(candidates, predicted) == 0).all()
+
+
 def damaged_checkpoint(path, tmp_path, kind):
     bad = tmp_path / f"{kind}.pth"
     if kind == "architecture":
