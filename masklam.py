@@ -936,7 +936,7 @@ def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, restart
     env, rng = state_env(task), generator(seed, "rollout")
     high = env.action_space.high
     state, _ = env.reset(seed=seed)
-    disturbance, start, done = np.zeros(len(high)), 0, []
+    disturbance, start, trajectory = np.zeros(len(high)), 0, []
 
     for t in range(steps):
         seen = expert_input(task, state, t - start)
@@ -948,12 +948,12 @@ def state_rollout(task, expert, seed, steps, noise=0.0, persistence=0.0, restart
             action = expert_action(expert, seen, high) + noise * high * disturbance
         action = np.clip(action, -high, high)
         state, reward, terminated, _, info = env.step(action)
-        done.append((seen, action / high, moving_reward(reward, info)))
+        trajectory.append((seen, action / high, moving_reward(reward, info)))
         if terminated and not restart:
             break
         if terminated:
             start, (state, _) = t + 1, env.reset()
-    return tuple(map(np.stack, zip(*done)))
+    return tuple(map(np.stack, zip(*trajectory)))
 
 # ==== 9. Renderer [record] ========================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is at
@@ -1075,6 +1075,7 @@ class Backdrop:
         self.sprites = [self._sprite() for _ in range(self.SPRITES)]
 
     def _colors(self, *shape):
+        """Random colours (*shape, 3) u8."""
         return self.rng.integers(0, self.BRIGHTEST, (*shape, 3)).astype(np.uint8)
 
     def _texture(self):
