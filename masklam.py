@@ -455,7 +455,7 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
 # ==== 5. Latent action models [lam] ===============================================================
 # In: windows of a Video. Out: an IDM whose latent actions explain what the loss asks for. LAPO and
 # MaskLAM differ in one number, the weight of the background. Another method is a class with an idm
-# and a loss of its own, and an entry in METHODS.
+# and a loss of its own, and an entry in METHODS. If it has an fdm, that predicts pixels.
 def masked_mse(prediction, target, mask, background_weight=0.0):
     """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
 

@@ -1392,14 +1392,14 @@ def wait_for(condition, seconds=60):
 def test_stops_and_kills_at_random_moments_change_no_number_and_leave_no_process(
         smoke, tmp_path, alone):
     """Ctrl-C, which a terminal sends to workers too, and twice without mercy."""
-    for number in (signal.SIGINT, signal.SIGKILL, signal.SIGKILL):
-        process, moment = start(*FLAGS, "--out", tmp_path), np.random.default_rng().uniform(0, 5)
+    for number, latest in ((signal.SIGINT, 2), (signal.SIGKILL, 4), (signal.SIGKILL, 4)):
+        process, moment = start(*FLAGS, "--out", tmp_path), np.random.default_rng().random()
         wait_for(lambda: list(tmp_path.glob("cache/*/training/length.npy")))
-        time.sleep(moment)
-        (process.send_signal if number == signal.SIGKILL else functools.partial(
-            os.killpg, process.pid))(number)
+        time.sleep(latest * moment)
+        os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
         _, errors = process.communicate(timeout=60)
-        assert process.returncode == (130 if number == signal.SIGINT else -number), (moment, errors)
+        wanted = (130,) if number == signal.SIGINT else (-number, 0)  # or it was faster
+        assert process.returncode in wanted, (moment, errors)
         assert number == signal.SIGKILL or "goes on from here" in errors
         with pytest.raises(ProcessLookupError):  # once workers have seen that they are alone
             wait_for(lambda: os.killpg(process.pid, 0), 20)
