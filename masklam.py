@@ -29,6 +29,7 @@ import argparse
 import base64
 import contextlib
 import copy
+import datetime
 import functools
 import hashlib
 import importlib.metadata
@@ -50,21 +51,22 @@ from concurrent import futures
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import av
 import gymnasium as gym
-import imageio.v3 as imageio  # comes with gymnasium[mujoco]
 import mujoco
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps  # comes with matplotlib
+from PIL import Image, ImageOps, ImageSequence  # comes with matplotlib
 from torch import nn
 from tqdm import tqdm
 
 # ==== 2. Config ===================================================================================
 # Every setting of a run, and flag of the command line: the stage that it belongs to, its default,
 # meaning and range. A change redoes that stage and those after it.
-STAGES = ("record", "mask", "lam", "probe", "policy", "decode", "evaluate", "report")
+STAGES = ("record", "mask", "lam", "probe", "policy", "decode", "evaluate", "scale", "report")
 
 class UserError(Exception):
     """Something the user can mend: reported as one line, exit status 2."""
@@ -86,7 +88,6 @@ class Config:
     distractor: str = option("record", "low", "what else moves", "none", "low", "hard")
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
     speed: float = option("record", 5.0, "of the background, pixels a step", 0, 100)
-    zoom: float = option("record", 1.0, "the agent's size in the frame, times this", 0.1, 3)
     backgrounds: str = option("record", "", "folder of pictures and videos to show")
     episodes: int = option("record", 500, "recorded for training", 4, 250_000)
     heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 250_000)
@@ -101,10 +102,6 @@ class Config:
     keyframes: int = option("mask", 64, "frames that SAM segments for the student", 4, 10**6)
     student_updates: int = option("mask", 600, "optimiser steps", 1, 10**8)
 
-    erode: int = option("lam", 0, "pixels taken off the border of every mask", 0, 64)
-    dilate: int = option("lam", 0, "pixels added to the border of every mask", 0, 64)
-    shift: int = option("lam", 0, "pixels by which masks lie too far right", 0, 512)
-    occlude: float = option("lam", 0.0, "fraction of the agent cut out of its mask", 0, 1)
     background_weight: float = option("lam", 0.0, "b of masklam's loss; lapo is b = 1", 0, 1)
     latent_dim: int = option("lam", 64, "numbers in a latent action", 1, 8192)
     offset: int = option("lam", 1, "K: how far ahead the future stack may lie", 1, 100)
@@ -117,7 +114,7 @@ class Config:
     batch_size: int = option("lam", 64, "windows per step, LAM and policy", 2, 10**5)
     lam_lr: float = option("lam", 3e-3, "peak learning rate", 0, 1)
 
-    probe_windows: int = option("probe", 10_000, "a line is fitted on at most", 100, 10**7)
+    probe_windows: int = option("probe", 50_000, "at most, to fit a probe on", 100, 10**7)
     probe_updates: int = option("probe", 2500, "optimiser steps of the MLP probe", 1, 10**8)
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
@@ -146,7 +143,7 @@ PRESETS = {
                      probe_updates=500, policy_updates=400, decoder_updates=300, eval_episodes=4,
                      eval_steps=200),
     "laptop": {},  # Config's defaults
-    "paper": dict(latent_dim=128, offset=10, patch=1, idm_widths=(64, 128, 128), blocks=2, hidden=0,
+    "paper": dict(latent_dim=128, offset=9, patch=1, idm_widths=(64, 128, 128), blocks=2, hidden=0,
                   fdm_widths=(96, 192, 192), batch_size=512, lam_lr=6e-4, policy_lr=4e-4,
                   episodes=5000, steps=1000, keyframes=512, lam_updates=35_156,
                   policy_updates=35_156, decoder_updates=25_000, labels=128_000),
@@ -178,10 +175,25 @@ def generator(*purpose) -> np.random.Generator:
     words = [zlib.crc32(p.encode()) if isinstance(p, str) else p for p in purpose]
     return np.random.default_rng(words)
 
+def ranks():
+    """The rank of this process, and how many torchrun has started to train together; else 0, 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """x as it is on average in all processes that train together."""
+    if dist.is_initialized():
+        dist.all_reduce(x := x.detach().clone())
+    return x / ranks()[1]
+
+def share(batch: np.ndarray) -> np.ndarray:
+    """What of a batch (B, ...) this process trains on."""
+    return batch[ranks()[0]::ranks()[1]]
+
 def progress(items, text, total, done=0):
     """A bar over items: each worker has a line of its own, and a log file has none."""
     number = multiprocessing.current_process().name.partition("-")[2] or 1  # of SpawnProcess-2
-    return tqdm(items, text, total, False, initial=done, disable=None, position=int(number) - 1)
+    return tqdm(items, text, total, False, initial=done, disable=True if ranks()[0] else None,
+                position=int(number) - 1)
 
 # ==== 3. Video [record] ===========================================================================
 # In: episodes in arrays. Out: index arithmetic that cuts training windows from them. Everything
@@ -196,12 +208,26 @@ class Video:
     frames: np.ndarray  # (E, T, H, W, 3) u8
     masks: np.ndarray  # (E, T, H, W) u8, 255 = agent
     length: np.ndarray  # (E,) i64, frames until the episode ended
-    actions: np.ndarray | None = None  # (E, T, A) as executed, scaled to [-1, 1]
+    actions: np.ndarray | None = None  # (E, T or T - 1, A) as executed, scaled to [-1, 1]
     expected: np.ndarray | None = None  # (E, T, A) what is executed on average over the noise
     rewards: np.ndarray | None = None  # (E, T) for moving
     states: np.ndarray | None = None  # (E, T, S)
     demonstration: np.ndarray | None = None  # (E,) bool, to be cloned; the others explore
     start: np.ndarray | None = None  # (E, T) i64, step of the agent's last start; None: all 0
+
+    def __post_init__(self):
+        kinds = [getattr(x, "dtype", type(x)) for x in (self.frames, self.masks)]
+        require(kinds == [np.uint8] * 2, f"frames and masks are {kinds}, not arrays of uint8")
+        shape, self.length = self.frames.shape, np.asarray(self.length)
+        require(len(shape) == 5 and shape[4] == 3, f"frames are {shape}, not (E, T, H, W, 3)")
+        E, T = shape[:2]
+        require(self.masks.shape == shape[:4], f"masks are {self.masks.shape}, not {shape[:4]}")
+        require(self.masks[:1].max(initial=0) != 1, "masks are 255 where the agent is, not 1")
+        longest = self.length.max(initial=0)
+        require(self.length.shape == (E,) and longest <= T, f"length is {self.length.shape}, up to "
+                f"{longest}, not ({E},) and {T} at most")
+        require(self.actions is None or np.shape(self.actions)[:2] in ((E, T), (E, T - 1)),
+                f"actions are {np.shape(self.actions)}, not ({E}, {T} or {T - 1}, A)")
 
     @classmethod
     def open(cls, folder, mode="c"):
@@ -218,19 +244,11 @@ class Windows:
 
     A window of offset k is the stack obs (t-2, t-1, t), the stack future_obs (t+k-2, t+k-1, t+k)
     and next_obs, t + 1. It never crosses an episode's end, nor a new start of the agent: the first
-    frame stands for what was before it, and k is cut. masks: others than the video's."""
+    frame stands for what was before it, and k is cut."""
 
-    def __init__(self, video: Video, device="cpu", masks=None):
+    def __init__(self, video: Video, device="cpu"):
         self.video, self.device, self.T = video, device, video.frames.shape[1]
-        masks = video.masks if masks is None else masks
-        require(video.frames.dtype == masks.dtype == np.uint8,
-                "a Video has frames and masks of bytes")
-        require(masks[:1].max(initial=0) != 1, "masks reach 255 where the agent is, not 1")
-        require(masks.shape == video.frames.shape[:4] and max(video.length) <= self.T
-                and video.length.shape == masks.shape[:1],
-                "a Video has a mask for every frame, and no length above their number")
-
-        start = np.zeros(masks.shape[:2], int) if video.start is None else video.start
+        start = np.zeros(video.masks.shape[:2], int) if video.start is None else video.start
         self.e, self.t = np.nonzero(video.valid[:, 1:] & (start[:, 1:] == start[:, :-1]))
         require(len(self.e), "no episode has two frames, so there is nothing to learn from")
         self.first = start[self.e, self.t]
@@ -239,9 +257,9 @@ class Windows:
 
         on_gpu = torch.device(device).type == "cuda"
         room = torch.cuda.mem_get_info(device)[0] if on_gpu else math.inf
-        home = device if 2 * (video.frames.nbytes + masks.nbytes) < room else "cpu"
+        home = device if 2 * (video.frames.nbytes + video.masks.nbytes) < room else "cpu"
         self.frames = torch.from_numpy(video.frames).flatten(0, 1).to(home)  # (E T, H, W, 3) u8
-        self.masks = torch.from_numpy(masks).flatten(0, 1).to(home)  # (E T, H, W) u8
+        self.masks = torch.from_numpy(video.masks).flatten(0, 1).to(home)  # (E T, H, W) u8
 
     def __len__(self):
         return len(self.e)
@@ -270,15 +288,78 @@ class Windows:
         """Executed actions (B, A) f32: labels, which lapo and masklam never see."""
         return self.video.actions[self.e[chosen], self.t[chosen]]
 
-    def noise(self, chosen=slice(None)):
-        """(B, A) f32: the part of the executed actions that no past frame tells."""
-        return self.actions(chosen) - self.video.expected[self.e[chosen], self.t[chosen]]
+    def actions_and_noise(self, chosen=slice(None)):
+        """(B, 2 A) f32: executed actions, and the part of them that no past frame tells."""
+        actions, expected = self.actions(chosen), self.video.expected
+        return np.concatenate([actions, actions - expected[self.e[chosen], self.t[chosen]]], 1)
 
     def demonstrations(self):
         """The windows (n,) of the episodes that policies are cloned from; of one's own all."""
         if self.video.demonstration is None:
             return np.arange(len(self))
         return np.flatnonzero(self.video.demonstration[self.e])
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FILMS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", *PICTURES)
+
+def list_films(folder) -> list:
+    """The pictures, films and folders in a folder, 2 before 10; nothing hidden."""
+    require(Path(folder).is_dir(), f"{folder} is not a folder")
+    shown = [p for p in Path(folder).iterdir()
+             if not p.name.startswith(".") and (p.is_dir() or p.suffix.lower() in FILMS)]
+    return sorted(shown, key=lambda p: [(text, int(number or 0)) for text, number in
+                                        re.findall(r"(\D*)(\d*)", p.name.lower())])
+
+def read_pictures(file):
+    """The pictures of a file, one by one, as a viewer shows them: PIL images, RGB."""
+    if file.suffix.lower() not in PICTURES:
+        with av.open(file) as film:
+            for frame in film.decode(video=0):
+                yield frame.to_image().rotate(frame.rotation, expand=True)
+        return
+    with Image.open(file) as film:
+        for image in [film] if film.format == "MPO" else ImageSequence.Iterator(film):
+            image = ImageOps.exif_transpose(image)
+            require(image.mode != "F", "it is of floats, whose black and white nobody knows")
+            if image.mode.startswith("I"):  # 16 bits
+                image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            yield image.convert("RGB")
+
+def read_film(path, side, limit=None):
+    """Frames of a video, a picture or a folder of pictures, cut to squares: (n, side, side, 3) u8,
+    n <= limit. UserError names a file that cannot be read."""
+    film = []
+    for file in list_films(path) if path.is_dir() else [path]:
+        try:
+            for image in itertools.islice(read_pictures(file), limit and limit - len(film)):
+                film.append(np.asarray(ImageOps.fit(image, (side, side))))
+        except Exception as error:  # a broken PNG is a SyntaxError
+            raise UserError(f"{file} cannot be read ({error})") from error
+    require(film, f"{path} has no picture")
+    return np.stack(film)
+
+def read_clips(folder, side) -> Video:
+    """Video of one's own: every film, or folder of pictures, in a folder is a clip. Its masks, if
+    there are any, are pictures in masks/<its name>, black but for the agent; a clip without masks
+    is agent all over."""
+    clips = [p for p in list_films(folder) if p.name != "masks"]
+    require(clips, f"{folder} has no clips: films, or folders of pictures")
+    films = [read_film(path, side) for path in clips]
+    length = np.array([len(film) for film in films])
+    frames = np.zeros((len(films), max(length), side, side, 3), np.uint8)
+    masks = np.full(frames.shape[:4], 255, np.uint8)
+    for e, (path, film) in enumerate(zip(clips, films)):
+        frames[e, :len(film)] = film
+        shapes = Path(folder) / "masks" / (path.name if path.is_dir() else path.stem)
+        if shapes.is_dir():
+            found = read_film(shapes, side).max(-1)
+            require(len(found) == len(film), f"{shapes} has {len(found)} pictures for the "
+                    f"{len(film)} frames of {path}")
+            masks[e, :len(film)] = found
+    return Video(frames, masks, length)
 
 def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
     """(B, n, H, W, C) u8 -> (B, n patch^2 C, H / patch, W / patch) in [-0.5, 0.5], which lie in
@@ -407,18 +488,19 @@ class FDM(nn.Module):
         *maps, last = self.encoder(to_float(obs, self.patch))
         action = self.latent(z).unflatten(1, last.shape[1:])  # Z -> (width, h, w)
         merged = self.merge(torch.cat([last, action], 1))  # (B, 2 width, h, w) -> (B, width, h, w)
+        decoded = self.decoder([*maps, F.relu(merged)])  # (B, 3 patch^2, H / patch, W / patch)
         if self.patch == 1:
-            return torch.tanh(self.decoder([merged])) / 2
-        change = F.pixel_shuffle(self.decoder([*maps, F.relu(merged)]), self.patch)
-        return to_float(obs[:, -1:]) + change
+            return torch.tanh(decoded) / 2
+        return to_float(obs[:, -1:]) + F.pixel_shuffle(decoded, self.patch)
 
 def train(network, compute_loss, updates, lr, text, checkpoint=None):
     """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
 
     compute_loss(step) draws its batch from `step` alone, so that a run that goes on from
-    `checkpoint` (a path; written twice a minute) gives the numbers of one that never stopped.
+    `checkpoint` (a path; written twice a minute) gives the numbers of one that never stopped. Where
+    several ranks train together, each computes it on its share of the batch.
     Yields (step, mean loss since the last) ten times; UserError where a loss is not finite."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99))
+    optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99), fused=True)
     start, history, every, saved_at = 0, [], max(1, updates // 10), time.monotonic()
     total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
     if checkpoint and checkpoint.exists():
@@ -434,10 +516,12 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
         loss = compute_loss(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for parameter in network.parameters() if ranks()[1] > 1 else ():
+            parameter.grad = mean_over_ranks(parameter.grad)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
-        total += loss.detach()
+        total += mean_over_ranks(loss.detach())
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {float(loss.detach()):.4f}")
         if (step + 1) % every == 0:
@@ -447,7 +531,7 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
             total.zero_()
             history.append((step + 1, mean))
             yield history[-1]
-        if checkpoint and time.monotonic() - saved_at > 30:
+        if checkpoint and ranks()[0] == 0 and time.monotonic() - saved_at > 30:
             weights, moments = network.state_dict(), optimizer.state_dict()
             save(checkpoint, (weights, moments, step + 1, history, total))
             saved_at = time.monotonic()
@@ -456,17 +540,18 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
 # In: windows of a Video. Out: an IDM whose latent actions explain what the loss asks for. LAPO and
 # MaskLAM differ in one number, the weight of the background. Another method is a class with an idm
 # and a loss of its own, and an entry in METHODS. If it has an fdm, that predicts pixels.
-def masked_mse(prediction, target, mask, background_weight=0.0):
+def masked_mse(prediction, target, mask, background_weight=0.0, count=torch.sum):
     """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
 
     prediction, target (B, C, H, W); mask (B, 1, H, W) in [0, 1], 1 = agent. Every pixel weighs
     w = mask + background_weight (1 - mask), and the result is sum(w error^2) / (C sum(w)).
-    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask."""
+    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask. count adds
+    up w, over all GPUs where several share a batch: an average of ratios would be another loss."""
     if background_weight == 1:
         return F.mse_loss(prediction, target)
     weight = mask + background_weight * (1 - mask)
     error = weight * (prediction - target) ** 2  # (B, C, H, W)
-    return error.sum() / (prediction.shape[1] * weight.sum()).clamp(min=1e-6)  # or no agent: 0
+    return error.sum() / (prediction.shape[1] * count(weight)).clamp(min=1e-6)  # or no agent: 0
 
 class LAM(nn.Module):
     """A latent action model: an IDM that names what happened, an FDM that must make use of it."""
@@ -481,7 +566,8 @@ class LAM(nn.Module):
         """The loss of windows (B,) with offsets k (B,); rng is there for methods that augment."""
         stacks, next_obs, mask = windows.batch(chosen, k)
         prediction = self.fdm(stacks[:, :3], self.idm(stacks))
-        return masked_mse(prediction.float(), next_obs, mask, self.background_weight)
+        return masked_mse(prediction.float(), next_obs, mask, self.background_weight,
+                          count=lambda weight: mean_over_ranks(weight.sum()))
 
 METHODS = {
     "lapo": lambda config: LAM(config, background_weight=1.0),
@@ -499,7 +585,7 @@ def train_lam(config, windows, method, checkpoint=None):
         chosen = rng.integers(len(windows), size=config.batch_size)
         k = rng.integers(1, config.offset + 1, config.batch_size)
         with autocast(windows.device):
-            return lam.loss(windows, chosen, k, rng)
+            return lam.loss(windows, share(chosen), share(k), rng)
 
     steps = train(lam, loss, config.lam_updates, config.lam_lr, method, checkpoint)
     lam.losses = [mean for _, mean in steps]
@@ -509,25 +595,23 @@ def train_lam(config, windows, method, checkpoint=None):
 def encode(network, windows: Windows, chosen: np.ndarray, frames=6) -> np.ndarray:
     """What a network says of the chosen windows, k = 1: an IDM, which sees 6 frames, latent actions
     (n, Z) f32; a policy, which sees 3, latent actions or actions (n, A)."""
-    parts = np.array_split(chosen, math.ceil(len(chosen) / 500))
+    parts = np.array_split(chosen, math.ceil(len(chosen) / 100))
     with autocast(windows.device):
         z = [network(windows.seen(part, frames)).float().cpu() for part in parts]
     return torch.cat(z).numpy()
 
 @torch.no_grad()
-def latent_use(lam, windows, most=2000) -> float:
+def latent_use(lam, windows) -> float:
     """How much a forward model relies on the latent: 0 when it is ignored, towards 1 when it tells
     all that changes. 1 - error with the right z / error with another window's; needs no action."""
-    right, wrong = 0.0, 0.0
-    rows = generator(0, "use").permutation(len(windows))[:most]
-    for part in np.array_split(rows, math.ceil(len(rows) / 500)):
-        stacks, next_obs, mask = windows.batch(part)
-        with autocast(windows.device):
-            z = lam.idm(stacks)
-            own, other = lam.fdm(stacks[:, :3], z), lam.fdm(stacks[:, :3], z.roll(1, 0))
-        right += float(masked_mse(own.float(), next_obs, mask, lam.background_weight))
-        wrong += float(masked_mse(other.float(), next_obs, mask, lam.background_weight))
-    return 1 - right / wrong
+    chosen = generator(0, "use").permutation(len(windows))[:500]
+    stacks, next_obs, mask = windows.batch(chosen)
+    with autocast(windows.device):
+        z = lam.idm(stacks)
+        predictions = [lam.fdm(stacks[:, :3], latent).float() for latent in (z, z.roll(1, 0))]
+    right, wrong = (masked_mse(prediction, next_obs, mask, lam.background_weight)
+                    for prediction in predictions)
+    return float((wrong - right) / wrong.clamp(min=1e-9))
 
 # ==== 6. Probes [probe] ===========================================================================
 # In: latent actions and true actions of training and held-out episodes. Out: how much of the action
@@ -556,13 +640,13 @@ def regress(config, network, inputs, targets, rows, few=False, **how):
     def fit(rows):
         def loss(step):
             rng = generator(config.seed, "regress", step)
-            return error(rows[rng.integers(len(rows), size=config.batch_size)])
+            return error(share(rows[rng.integers(len(rows), size=config.batch_size)]))
         return train(network, loss, **how)
 
     @torch.no_grad()
     def unseen(held):
         parts = np.array_split(held, math.ceil(len(held) / 1000))
-        return sum(float(error(part)) * len(part) for part in parts) / len(held)
+        return float(mean_over_ranks(sum(error(part) * len(part) for part in parts)))
 
     stop = how["updates"]
     if few:
@@ -575,29 +659,19 @@ def regress(config, network, inputs, targets, rows, few=False, **how):
     return network.eval()
 
 def mlp_probe(config, inputs, targets, device):
-    """Like `ridge`, but a network of two hidden layers, which reads what lies on no line. A tenth
-    of its rows says at which tenth of its training it knew most."""
-    def unit(x, like):
-        return torch.from_numpy((x - like.mean(0)) / (like.std(0) + 1e-6)).float().to(device)
-
-    x, y, fitted = unit(inputs, inputs), unit(targets, targets), len(inputs) * 9 // 10
+    """Like `ridge`, but a network of two hidden layers, which reads what lies on no line."""
+    center, scale = inputs.mean(0), inputs.std(0) + 1e-6
+    x = torch.from_numpy((inputs - center) / scale).to(device)
     torch.manual_seed(config.seed)
-    network, best, weights = mlp(x.shape[1], 512, 512, y.shape[1]).to(device), math.inf, None
+    network = mlp(x.shape[1], 512, 512, targets.shape[1]).to(device)
+    regress(replace(config, batch_size=4 * config.batch_size), network, lambda batch: x[batch],
+            targets, np.arange(len(x)), few=True, text="MLP probe", lr=3e-3,
+            updates=config.probe_updates)
 
-    def error(rows):
-        with autocast(device):
-            return F.mse_loss(network(x[rows]).float(), y[rows])
-
-    def loss(step):
-        return error(generator(config.seed, "probe", step).integers(fitted, size=256))
-
-    for _ in train(network, loss, config.probe_updates, 3e-3, "MLP probe"):
-        unseen = float(error(slice(fitted, None)).detach())
-        if unseen < best:
-            best, weights = unseen, copy.deepcopy(network.state_dict())
-    network.load_state_dict(weights)
-    return lambda new: (network(unit(new, inputs)).detach().cpu().numpy() * targets.std(0)
-                        + targets.mean(0))
+    @torch.no_grad()
+    def predict(new):
+        return network(torch.from_numpy((new - center) / scale).to(device)).cpu().numpy()
+    return predict
 
 def nmse(prediction, target) -> np.ndarray:
     """Squared error over variance, per dimension (A,): 0 = perfect, 1 = knows only the mean."""
@@ -607,11 +681,10 @@ def nmse(prediction, target) -> np.ndarray:
     return ((prediction - target) ** 2).mean(0) / variance
 
 def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
-    """Frame t + 1 without the agent and its outline, averaged in a 4x4 grid: (n, 48) f32. The
-    masks are the video's, whatever others are learnt with: else what leaks would be the agent."""
-    masks, blocks = torch.from_numpy(windows.video.masks).flatten(0, 1), []
+    """Frame t + 1 without the agent and its outline, averaged in a 4x4 grid: (n, 48) f32."""
+    blocks = []
     for part in torch.from_numpy(windows.index(chosen, 1)[:, 6]).split(500):
-        behind = (masks[part, None] < 26).float().to(windows.frames.device)  # (n, 1, H, W)
+        behind = (windows.masks[part, None] < 26).float()  # (n, 1, H, W)
         frames = windows.frames[part].permute(0, 3, 1, 2) * behind
         weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1e-3)
         blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
@@ -620,49 +693,34 @@ def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
 def probe(config, read, training: Windows, heldout: Windows, decorrelated: Windows) -> dict:
     """How much of the action do latents tell? Probes of read(windows, chosen) -> (n, Z), fitted on
     `training`, tested on unseen episodes: NMSE of the action; of its noise, which no past frame
-    tells (a latent that knows the pose alone has 1); of the action where the background ignores it
-    (rho = 0); both by an MLP, which needs more windows; and R2 of the next background."""
-    many = generator(0, "probe").permutation(len(training))[:5 * config.probe_windows]
-    few, every = many[:config.probe_windows], np.arange(len(heldout))
-    z_many, z_unseen = read(training, many), read(heldout, every)
-    z_others, z = read(decorrelated, np.arange(len(decorrelated))), z_many[:len(few)]
-    action, noise = ridge(z, training.actions(few)), ridge(z, training.noise(few))
-    both = np.concatenate([training.actions(many), training.noise(many)], 1)  # (n, 2 A)
-    by_mlp = np.split(mlp_probe(config, z_many, both, training.device)(z_unseen), 2, axis=1)
+    tells (a latent that knows the pose alone has 1); both by an MLP; of the action where the
+    background ignores it (rho = 0); and R2 of the next background."""
+    chosen = generator(0, "probe").permutation(len(training))[:config.probe_windows]
+    z, known = read(training, chosen), training.actions_and_noise(chosen)  # (n, Z), (n, 2 A)
+    every, elsewhere = np.arange(len(heldout)), np.arange(len(decorrelated))
+    z_unseen, unseen = read(heldout, every), heldout.actions_and_noise()
+    line, network = ridge(z, known), mlp_probe(config, z, known, training.device)
+    by_line, by_mlp = (np.split(nmse(told(z_unseen), unseen), 2) for told in (line, network))
+    action, _ = np.split(line(read(decorrelated, elsewhere)), 2, axis=1)
 
-    behind, shown = next_background(training, few), next_background(heldout, every)
+    behind, shown = next_background(training, chosen), next_background(heldout, every)
     moves = shown.var(0) > 1e-3
     leakage = nmse(ridge(z, behind)(z_unseen)[:, moves], shown[:, moves]).mean()
-    per_dimension = nmse(action(z_unseen), heldout.actions())
     return dict(
-        probe_nmse=float(per_dimension.mean()),
-        probe_nmse_per_dimension=per_dimension.tolist(),
-        probe_nmse_noise=float(nmse(noise(z_unseen), heldout.noise()).mean()),
-        probe_nmse_decorrelated=float(nmse(action(z_others), decorrelated.actions()).mean()),
-        probe_nmse_mlp=float(nmse(by_mlp[0], heldout.actions()).mean()),
-        probe_nmse_noise_mlp=float(nmse(by_mlp[1], heldout.noise()).mean()),
+        probe_nmse=float(by_line[0].mean()), probe_nmse_per_dimension=by_line[0].tolist(),
+        probe_nmse_noise=float(by_line[1].mean()), probe_nmse_mlp=float(by_mlp[0].mean()),
+        probe_nmse_noise_mlp=float(by_mlp[1].mean()),
+        probe_nmse_decorrelated=float(nmse(action, decorrelated.actions()).mean()),
         leakage_r2=float(1 - leakage) if moves.any() else 0.0)
-
-# References bound a latent from both sides. Both learn from true actions: "supervised-idm" from all
-# frames that an IDM sees, "past-only" from those before the action, which tell no noise.
-REFERENCES = {"past-only": 3, "supervised-idm": 6}  # frames
-
-def train_reference(config, windows, name, checkpoint=None):
-    """A network like the IDM, whose "latent" true actions have taught, through a linear layer."""
-    torch.manual_seed(config.seed)
-    idm, actions = FrameEncoder(config, REFERENCES[name], config.latent_dim), windows.actions()
-    network = nn.Sequential(idm, nn.Linear(config.latent_dim, actions.shape[1]))
-    network.to(windows.device, memory_format=torch.channels_last)
-    regress(config, network, lambda batch: windows.seen(batch, REFERENCES[name]), actions,
-            np.arange(len(windows)), text=name, lr=config.lam_lr, checkpoint=checkpoint,
-            updates=max(1, config.lam_updates // 2))  # true actions are learnt sooner than pixels
-    return idm.eval()
 
 # ==== 7. Latent policy [policy] ===================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
 # actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
 # few labels. Both are regressions; so are oracle and labels-only, clones of true actions.
 CLONES = ("labels-only", "oracle")  # policies cloned from true actions: the labelled ones, all
+# References bound a latent from both sides. Both learn true actions and their noise: one from all
+# frames that an IDM sees, one from those before the action, which tell no noise.
+REFERENCES = {"past-only": 3, "supervised-idm": 6}  # frames
 
 def labelled_windows(config, windows: Windows) -> np.ndarray:
     """The windows (n,) whose actions may be seen: of whole demonstrations, drawn at random."""
@@ -671,14 +729,16 @@ def labelled_windows(config, windows: Windows) -> np.ndarray:
     place = np.argsort(order)[windows.e[demonstrations]]
     return demonstrations[np.argsort(place, kind="stable")][:config.labels]
 
-def clone(config, windows, targets, rows, text, **how):
+def clone(config, windows, targets, rows, text, frames=3, **how):
     """Behaviour cloning: a policy learns what was done from what was seen, in the windows `rows`.
-    targets (len(windows), D): latent actions, or true ones. how: for `regress`."""
+    targets (len(windows), D): latent actions, or true ones. With 6 frames it sees what an IDM sees.
+    how: for `regress`."""
     torch.manual_seed(config.seed + 1)
-    policy = FrameEncoder(config, 3, targets.shape[1])
+    policy = FrameEncoder(config, frames, targets.shape[1])
     policy.to(windows.device, memory_format=torch.channels_last)
-    return regress(config, policy, windows.seen, targets, rows, text=text,
-                   updates=config.policy_updates, lr=config.policy_lr, **how)
+    how = dict(updates=config.policy_updates, lr=config.policy_lr) | how
+    return regress(config, policy, lambda batch: windows.seen(batch, frames), targets, rows,
+                   text=text, **how)
 
 def latent_targets(idm, windows) -> np.ndarray:
     """What a frozen IDM says of the demonstrations, at unit variance: (len(windows), Z), else 0."""
@@ -708,10 +768,10 @@ def action_nmse(policy, windows) -> float:
     return float(nmse(encode(policy, windows, rows, 3), windows.actions(rows)).mean())
 
 # ==== 8. Bodies [record] ==========================================================================
-# A task is a Gymnasium MuJoCo environment and a camera. All bodies but the humanoid are driven by
-# position servos, as legged robots are: an action names an angle for every joint and a fast loop
-# inside the simulator holds it. So an action can last long enough to be seen in two frames, and a
-# policy that sees only frames can still balance.
+# A task is a Gymnasium MuJoCo environment and a camera. Bodies are driven by position servos, as
+# legged robots are: an action names an angle for every joint and a fast loop inside the simulator
+# holds it. So an action can last long enough to be seen in two frames, and a policy that sees only
+# frames can still balance.
 @dataclass(frozen=True)
 class Task:
     env_id: str
@@ -719,7 +779,8 @@ class Task:
     seconds: float | None = None  # that an action lasts; None: as the environment has it
     reach: float | None = None  # of `servo`, rad; None: the environment's own motors
     options: dict = field(default_factory=dict)  # of gym.make
-    cycle: int = 0  # steps of a gait, for an expert that sees a clock; see `expert_input`
+    cycle: float = 0.0  # steps of a gait, for an expert that sees a clock; see `expert_input`
+    feet: tuple[str, ...] = ()  # geoms that are made flat boxes
 
 FREE = {"ctrl_cost_weight": 0}  # an angle costs nothing
 BLIND = {f"include_{name}_in_observation": False
@@ -732,7 +793,8 @@ TASKS = {
     "swimmer": Task("Swimmer-v5", (4.4, -90, 0), 0.1, 0.6),
     "ant": Task("Ant-v5", (3.5, -40, -0.1), 0.1, 0.6,
                 FREE | dict(include_cfrc_ext_in_observation=False)),
-    "humanoid": Task("Humanoid-v5", (2.8, -8, -0.15), options=BLIND, cycle=60),
+    "humanoid": Task("Humanoid-v5", (2.8, -8, -0.15), 0.05, 0.5, FREE | BLIND, 14.4,
+                     ("right_foot", "left_foot")),  # are spheres, on which nothing can stand
 }
 
 def servo(model, reach, stiffness=2.0, damping=0.05):
@@ -762,42 +824,48 @@ def servo(model, reach, stiffness=2.0, damping=0.05):
     model.opt.timestep = 0.005  # seconds
 
 def bare_env(name: str):
-    """A task's environment, or the one of this id, without wrappers and time limit. It observes the
-    state."""
+    """A task's environment, or the one of this id, without time limit. It observes the state, and
+    its actions reach from -1 to 1."""
     mujoco.set_mju_user_warning(lambda _: None)  # models' deprecations, also to ./MUJOCO_LOG.TXT
     gym.logger.min_level = gym.logger.ERROR  # and environments'
     task = TASKS.get(name, Task(name))
     try:
-        env = gym.make(task.env_id, disable_env_checker=True, **task.options).unwrapped
-    except (gym.error.Error, ImportError) as error:
+        env = gym.make(task.env_id, -1, disable_env_checker=True, **task.options)
+        model = env.unwrapped.model
+    except (gym.error.Error, ImportError, AttributeError) as error:
         raise UserError(f"--task is {name!r}; allowed: {', '.join(TASKS)} ({error})") from error
+    for geom in map(model.geom, task.feet):
+        geom.type, geom.size = mujoco.mjtGeom.mjGEOM_BOX, (0.14, 0.08, 0.06)  # half sizes, metres
+        geom.rbound, model.geom_aabb[geom.id, 3:] = np.linalg.norm(geom.size), geom.size
+        model.bvh_aabb[model.body_bvhadr[model.geom_bodyid[geom.id]], 3:] = geom.size  # for rays
     if task.reach:
-        servo(env.model, task.reach)
+        servo(model, task.reach)
     if task.seconds:
-        env.frame_skip = round(task.seconds / env.model.opt.timestep)
-    return env
+        env.unwrapped.frame_skip = round(task.seconds / model.opt.timestep)
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 state_env = functools.cache(bare_env)  # a process needs only one of each
 
 def load_expert(task: str) -> np.ndarray:
-    """A task's linear policy (A, 1 + S) f64: bias and weights."""
+    """A task's linear policy (A, 1 + S) f64, bias and weights, from its literal: float16, low bytes
+    first, deflated, in base 85."""
     require(task in EXPERTS, f"--task {task} has no expert: see notebooks/07_experts.ipynb")
-    return from_literal(EXPERTS[task], state_env(task).action_space.shape[0])
+    planes = np.frombuffer(zlib.decompress(base64.b85decode(EXPERTS[task])), np.uint8)
+    numbers = planes.reshape(2, -1).T.copy().view(np.float16).astype(float)
+    return numbers.reshape(*state_env(task).action_space.shape, -1)
 
 def expert_input(task: str, state: np.ndarray, t: int) -> np.ndarray:
-    """What an expert sees of an observation at step t: the state. The humanoid, which cannot stand
-    on the points that are its feet, steps to a clock: it also sees sine and cosine of its gait's
-    phase, and their products with the trunk's height, attitude and velocities."""
+    """What an expert sees of an observation at step t: the state and, of a body that steps to a
+    clock, sine and cosine of its gait's phase."""
     cycle = TASKS[task].cycle if task in TASKS else 0
     if not cycle:
         return state
     phase = 2 * math.pi * t / cycle
-    clock, trunk = np.array([math.sin(phase), math.cos(phase)]), state[np.r_[0:5, 22:28]]
-    return np.concatenate([state, clock, np.outer(clock, trunk).ravel()])
+    return np.append(state, (math.sin(phase), math.cos(phase)))
 
-def expert_action(expert: np.ndarray, seen: np.ndarray, high: np.ndarray) -> np.ndarray:
+def expert_action(expert: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """What a linear policy (A, 1 + S) does at its input (S,)."""
-    return np.clip(expert[:, 0] + expert[:, 1:] @ seen, -high, high)
+    return np.clip(expert[:, 0] + expert[:, 1:] @ seen, -1, 1)
 
 def moving_reward(reward: float, info: dict) -> float:
     """What the environment pays for moving: its reward without the bonus for being alive."""
@@ -807,12 +875,12 @@ def play(env, task, expert, rng, seed, steps, noise=0.0, restart=False):
     """Drive an environment by an expert, disturbed by Gaussian noise, or at random (None), until
     the body falls; with restart it starts anew. Yields of every step (start, observation, info,
     what the expert saw, its action (A,), the executed action (A,), the reward for moving)."""
-    start, high, (observation, info) = 0, env.action_space.high, env.reset(seed=seed)
+    start, A, (observation, info) = 0, len(env.action_space.low), env.reset(seed=seed)
     for t in range(steps):
         seen = expert_input(task, info.get("state", observation), t - start)
-        disturbance = noise * high * rng.standard_normal(len(high))
-        intended = rng.uniform(-high, high) if expert is None else expert_action(expert, seen, high)
-        action = np.clip(intended + disturbance, -high, high)
+        disturbance = noise * rng.standard_normal(A)
+        intended = rng.uniform(-1, 1, A) if expert is None else expert_action(expert, seen)
+        action = np.float32((intended + disturbance).clip(-1, 1))
         following, reward, terminated, _, after = env.step(action)
         yield start, observation, info, seen, intended, action, moving_reward(reward, after)
         if terminated and not restart:
@@ -822,20 +890,17 @@ def play(env, task, expert, rng, seed, steps, noise=0.0, restart=False):
             start, (observation, info) = t + 1, env.reset()
 
 def state_rollout(task, expert, seed, steps, noise=0.0, restart=False):
-    """`play` without pixels -> states (n, S) as the expert sees them, executed actions (n, A),
-    scaled to [-1, 1], and rewards for moving (n,)."""
-    env, rng = state_env(task), generator(seed, "rollout")
-    episode = play(env, task, expert, rng, seed, steps, noise, restart)
-    high = env.action_space.high
-    rows = [(seen, action / high, reward) for *_, seen, _, action, reward in episode]
-    return tuple(map(np.stack, zip(*rows)))
+    """`play` without pixels -> states (n, S) as the expert sees them, executed actions (n, A) and
+    rewards for moving (n,)."""
+    episode = play(state_env(task), task, expert, generator(seed, "rollout"), seed, steps, noise,
+                   restart)
+    return tuple(map(np.stack, zip(*[(seen, action, reward)
+                                     for *_, seen, _, action, reward in episode])))
 
 # ==== 9. Renderer [record] ========================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is the
 # simulator's own mask. Casting rays, one a pixel and five at its outline, is fast, needs no OpenGL
 # and looks the same anywhere.
-NO_VIEW = (0.0, 0.0, 0.0, 1.0)  # azimuth, elevation, roll (degrees) and distance factor
-
 class AgentRenderer:
     """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
 
@@ -845,15 +910,13 @@ class AgentRenderer:
 
     def __init__(self, model, camera=None, size=64):
         self.model, self.camera, self.size = model, camera, size
-        self.data, self.colors = mujoco.MjData(model), model.geom_rgba[:, :3].copy()
+        self.data, self.colors = mujoco.MjData(model), model.geom_rgba[:, :3]
         mujoco.mj_forward(model, self.data)
-        moved = model.body_rootid[model.jnt_bodyid[model.actuator_trnid[:, 0]]]  # by motors
-        self.agent = np.isin(model.body_rootid[model.geom_bodyid], moved)  # no ground, no goals
         slope = math.tan(math.radians(model.vis.global_.fovy) / 2)
         center = self.data.subtree_com[1]
         if camera is None:
             reach = np.linalg.norm(self.data.geom_xpos - center, axis=1) + model.geom_rbound
-            self.camera = (1.5 * reach[model.geom_bodyid > 0].max() / slope, -20, 0)
+            self.camera = (float(1.5 * reach[model.geom_bodyid > 0].max() / slope), -20, 0)
         self.height = center[2] + self.camera[2]
 
         # Five rays a pixel, no two of them in a row or column; the first is in the middle.
@@ -863,12 +926,10 @@ class AgentRenderer:
         rays = np.stack([*pixel * places[::-1], np.ones_like(places[0])], -1)
         self.rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)  # (size^2, 5, 3)
 
-    def __call__(self, qpos, view=NO_VIEW, tint=None):
-        """Draw joint positions (nq,) -> rgb (size, size, 3) u8, premultiplied by alpha, alpha
-        (size, size) u8, and the agent's part of alpha, without goals that no motor moves."""
-        n, colors = self.size, self.colors
-        if tint is not None:
-            colors = (colors + tint).clip(0, 1)
+    def __call__(self, qpos, view=(0, 0, 0, 0)):
+        """Draw joint positions (nq,) -> rgb (size, size, 3) u8, premultiplied by alpha, and alpha
+        (size, size) u8, which is the agent's mask. view: how much the camera's azimuth, elevation,
+        roll (degrees) and distance (as a fraction) are off."""
         self.data.qpos[:] = qpos
         mujoco.mj_kinematics(self.model, self.data)
         mujoco.mj_comPos(self.model, self.data)
@@ -878,29 +939,28 @@ class AgentRenderer:
         ahead, side = np.array([ca * ce, sa * ce, se]), np.array([sa, -ca, 0])
         up = np.array([-ca * se, -sa * se, ce])
         rays = self.rays @ np.stack([cr * side - sr * up, -cr * up - sr * side, ahead])
-        eye = [*self.data.subtree_com[1, :2], self.height] - self.camera[0] * view[3] * ahead
+        eye = [*self.data.subtree_com[1, :2], self.height] - self.camera[0] * (1 + view[3]) * ahead
 
-        layers = self._cast(eye, rays[:, 0], colors)  # red, green, blue, alpha, agent
-        alpha = torch.from_numpy(layers[:, 3].reshape(1, n, n))
+        layers = self._cast(eye, rays[:, 0])  # red, green, blue, alpha
+        alpha = torch.from_numpy(layers[:, 3].reshape(1, self.size, self.size))
         border = F.max_pool2d(alpha, 3, 1, 1) > -F.max_pool2d(-alpha, 3, 1, 1)  # on either side
         pixels = np.flatnonzero(border.numpy())
-        around = self._cast(eye, rays[pixels, 1:].reshape(-1, 3), colors)
-        layers[pixels] = (layers[pixels] + around.reshape(-1, 4, 5).sum(1)) / 5
-        layers = (layers + 0.5).astype(np.uint8).reshape(n, n, 5)
-        return layers[..., :3], layers[..., 3], layers[..., 4]
+        around = self._cast(eye, rays[pixels, 1:].reshape(-1, 3))
+        layers[pixels] = (layers[pixels] + around.reshape(-1, 4, 4).sum(1)) / 5
+        layers = (layers + 0.5).astype(np.uint8).reshape(self.size, self.size, 4)
+        return layers[..., :3], layers[..., 3]
 
-    def _cast(self, eye, rays, colors):
-        """Rays (n, 3) from the eye (3,) -> layers (n, 5) f32 up to 255."""
+    def _cast(self, eye, rays):
+        """Rays (n, 3) from the eye (3,) -> layers (n, 4) f32 up to 255."""
         n = len(rays)
         geom, distance, normal = np.zeros(n, np.int32), np.zeros(n), np.zeros((n, 3))
         mujoco.mj_multiRay(self.model, self.data, eye, rays.ravel(), None, False, -1, geom,
                            distance, normal.reshape(-1), n, mujoco.mjMAXVAL)
-        hit, layers = np.flatnonzero(geom >= 0), np.zeros((n, 5), np.float32)
+        hit, layers = np.flatnonzero(geom >= 0), np.zeros((n, 4), np.float32)
         facing = np.abs(np.einsum("ni,ni->n", normal[hit], rays[hit]))
         light = 0.4 + 0.4 * facing + normal[hit, 2].clip(0)
-        layers[hit, :3] = (255 * colors[geom[hit]] * light[:, None]).clip(0, 255)
+        layers[hit, :3] = (255 * self.colors[geom[hit]] * light[:, None]).clip(0, 255)
         layers[hit, 3] = 255
-        layers[hit, 4] = 255 * self.agent[geom[hit]]
         return layers
 
 # ==== 10. Distractors [record] ====================================================================
@@ -989,10 +1049,11 @@ class Footage(Backdrop):
     whole, and goes on as its mirror image."""
 
     D = 2
+    read = staticmethod(functools.cache(read_film))
 
     def paint(self):
         path = self.files[self.rng.integers(len(self.files))]
-        frames = read_film(path, self.size)
+        frames = self.read(path, self.size, limit=100)
         self.film = np.concatenate([frames, frames[::-1]])  # there and back again
         self.period = 2 * self.size  # the picture and its mirror image
         self.time = int(self.rng.integers(len(self.film)))
@@ -1006,50 +1067,22 @@ class Footage(Backdrop):
         mirrored = np.pad(frame, ((0, self.size), (0, self.size), (0, 0)), "symmetric")
         return np.roll(mirrored, -self.position[0].astype(int), (0, 1))[:self.size, :self.size]
 
-def backdrop(files):
-    """The class of what moves behind the agent."""
-    return Footage if files else Backdrop
-
-PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".mp4")
-
-@functools.cache
-def read_film(path, side, limit=100):
-    """The first frames of a video, a picture or a folder of pictures, cut to squares:
-    (n, side, side, 3) u8, n <= limit."""
-    def frames():
-        for file in sorted(path.glob("*")) if path.is_dir() else [path]:
-            if file.suffix.lower() == ".mp4":
-                yield from imageio.imiter(file, plugin="pyav")
-            elif file.suffix.lower() in PICTURES:
-                yield from imageio.imiter(file, plugin="pillow", mode="RGB")
-
-    try:
-        film = [ImageOps.fit(Image.fromarray(frame), (side, side))
-                for frame in itertools.islice(frames(), limit)]
-    except Exception as error:  # a broken PNG is a SyntaxError
-        raise UserError(f"--backgrounds: {path} cannot be read ({error})") from error
-    require(film, f"--backgrounds: {path} has no picture")
-    return np.stack(film)
-
 def footage(folder: str, split: str) -> tuple:
     """What a split shows of a folder: half of its films are for training, a quarter for both ways
     of probing, a quarter for evaluation."""
-    if not folder:
-        return ()
-    known = [p for p in sorted(Path(folder).glob("*"))
-             if p.is_dir() or p.suffix.lower() in PICTURES]
-    require(len(known) >= 4, f"--backgrounds is {folder!r}; allowed: a folder with four or more "
-            f"videos or pictures ({' '.join(PICTURES)}), or folders of them")
+    films = list_films(folder) if folder else []
+    require(not folder or len(films) >= 4, f"--backgrounds is {folder!r}; allowed: a folder with "
+            "four or more videos, pictures or folders of pictures")
     places = dict(training=(0, 1), heldout=(2,), decorrelated=(2,), evaluate=(3,))[split]
-    return tuple(path for i, path in enumerate(known) if i % 4 in places)
+    return tuple(path for i, path in enumerate(films) if i % 4 in places)
 
 class Distractors(gym.Wrapper):
     """Pixel observations (size, size, 3) u8 of a MuJoCo environment, with moving distractors.
 
-    level: "none" (a plain background), "low" (a Backdrop, or Footage of files) or "hard" (also
-        camera and colours on random walks, within a tenth of the Distracting Control Suite's
-        ranges, arXiv 2101.02722). tied: from `Backdrop.tie`; None: with uniform actions.
-    info: "state" the wrapped observation, "mask" (size, size) u8 alpha of the agent, "distractor"
+    level: "none" (a plain background), "low" (a Backdrop, or Footage of files) or "hard" (also the
+        camera on a random walk, within a tenth of the Distracting Control Suite's ranges, arXiv
+        2101.02722). tied: from `Backdrop.tie`; None: with uniform actions.
+    info: "state" the wrapped observation, "mask" (size, size) u8 the agent's alpha, "distractor"
         (D,) f32 the background's velocities, pixels a step, "action" (A,) f32 as executed."""
 
     def __init__(self, env, level="low", correlation=0.5, speed=5.0, camera=None, size=64,
@@ -1057,11 +1090,11 @@ class Distractors(gym.Wrapper):
         super().__init__(env)
         self.level, self.size = level, size
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, *self.action_space.shape))
-        tied = tied or backdrop(files).tie(uniform, 0)
-        self.new_backdrop = lambda rng: backdrop(files)(rng, tied, correlation, speed, size, files)
+        kind = Footage if files else Backdrop
+        tied = tied or kind.tie(uniform, 0)
+        self.new_backdrop = lambda rng: kind(rng, tied, correlation, speed, size, files)
         self.renderer = AgentRenderer(env.unwrapped.model, camera, size)
-        # How far "hard" goes from NO_VIEW, and from the colours (red, green, blue) of each geom.
-        self.limit = 0.1 * np.array([90, 90, 90, 0.5] + [1] * self.renderer.colors.size)
+        self.limit = np.array([9, 9, 9, 0.05]) * (level == "hard")  # of the camera's walk
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.rng, self.frame = np.random.default_rng(), None
 
@@ -1071,7 +1104,7 @@ class Distractors(gym.Wrapper):
             self.rng = np.random.default_rng([seed, 1])
         self.backdrop = self.new_backdrop(self.rng)
         self.pose = self.rng.uniform(-self.limit, self.limit)
-        self.drift = np.zeros(len(self.pose))
+        self.drift = np.zeros(4)
         return self._observe(state, info, np.zeros(self.action_space.shape, np.float32))
 
     def step(self, action):
@@ -1079,23 +1112,19 @@ class Distractors(gym.Wrapper):
         executed = np.clip(action, box.low, box.high).astype(np.float32)  # replays exactly
         state, reward, terminated, truncated, info = self.env.step(executed)
         if self.level != "none":
-            self.backdrop.step(executed / box.high)
-        if self.level == "hard":  # a random walk with inertia, inside limits
-            drift = self.drift + 0.05 * self.limit * self.rng.standard_normal(len(self.drift))
-            self.drift = np.clip(drift, -0.2 * self.limit, 0.2 * self.limit)
-            self.pose = np.clip(self.pose + self.drift, -self.limit, self.limit)
+            self.backdrop.step((2 * executed - box.low - box.high) / (box.high - box.low))
+        self.drift += 0.05 * self.limit * self.rng.standard_normal(4)
+        self.drift = self.drift.clip(-0.2 * self.limit, 0.2 * self.limit)
+        self.pose = (self.pose + self.drift).clip(-self.limit, self.limit)
         observation, info = self._observe(state, info, executed)
         return observation, reward, terminated, truncated, info
 
     def _observe(self, state, info, executed):
-        looks = ()
-        if self.level == "hard":
-            looks = self.pose[:4] + NO_VIEW, self.pose[4:].reshape(-1, 3)
-        rgb, alpha, mask = self.renderer(self.unwrapped.data.qpos, *looks)
+        rgb, alpha = self.renderer(self.unwrapped.data.qpos, self.pose)
         behind = np.uint8((70, 105, 140)) if self.level == "none" else self.backdrop.draw()
         weighted = behind * (255 - alpha.astype(np.uint16))[..., None]
         self.frame = rgb + ((weighted + 128) // 255).astype(np.uint8)
-        seen = {"state": state, "mask": mask, "action": executed}
+        seen = {"state": state, "mask": alpha, "action": executed}
         return self.frame, info | seen | {"distractor": self.backdrop.velocity.copy()}
 
     def render(self):
@@ -1119,16 +1148,10 @@ def noise_scale(config, index, seed):
     return generator(seed, "scale").uniform(0, config.demonstration_noise)
 
 def expected_action(intended, scale):
-    """The mean of clip(intended + scale n, -1, 1) over standard normal n: all that the past can
-    tell of an action."""
-    scale = max(scale, 1e-9)
-
-    def above(limit):  # mean of max(0, intended + scale n - limit)
-        x = torch.from_numpy(intended - limit) / scale
-        density = torch.exp(-x**2 / 2) / math.sqrt(2 * math.pi)
-        return scale * (x * torch.special.ndtr(x) + density)
-
-    return (above(-1) - above(1) - 1).numpy()
+    """The mean of clip(intended + scale n, -1, 1) over standard normal n, by 1,000 quantiles: all
+    that the past can tell of an action."""
+    quantiles = torch.special.ndtri((torch.arange(1000) + 0.5) / 1000).numpy()
+    return np.clip(intended[..., None] + scale * quantiles, -1, 1).mean(-1)
 
 @functools.lru_cache(1)
 def tied_background(config):
@@ -1136,14 +1159,14 @@ def tied_background(config):
     expert = load_expert(config.task)
     actions = [state_rollout(config.task, expert, i, config.steps, noise_scale(config, i, i),
                              restart=i % 2)[1] for i in range(20)]
-    return backdrop(config.backgrounds).tie(np.concatenate(actions), config.seed)
+    kind = Footage if config.backgrounds else Backdrop
+    return kind.tie(np.concatenate(actions), config.seed)
 
 def make_env(config, split="training"):
     """The task's environment with the distractors of a split: footage of its own, and in
     "decorrelated" a background that no longer follows the action (rho = 0)."""
     rho = 0.0 if split == "decorrelated" else config.correlation
     camera = TASKS[config.task].camera if config.task in TASKS else None
-    camera = camera and (camera[0] / config.zoom, *camera[1:])
     return Distractors(bare_env(config.task), config.distractor, rho, config.speed, camera,
                        config.frame_size, tied_background(config),
                        footage(config.backgrounds, split))
@@ -1154,15 +1177,13 @@ def record_episode(config, folder, split, index):
     """Record an episode into its place in folder/split."""
     env, video = cached_env(config, split), Video.open(folder / split, "r+")
     seed, expert = episode_seed(config, split, index), load_expert(config.task)
-    scale, high = noise_scale(config, index, seed), env.action_space.high
-    means = np.zeros((config.steps, len(high)), np.float32)  # the expert's actions without noise
+    scale, means = noise_scale(config, index, seed), np.zeros(video.actions.shape[1:])
     episode = play(env, config.task, expert, generator(seed, "act"), seed, config.steps, scale,
                    restart=index % 2)
     for t, (start, frame, info, _, intended, action, reward) in enumerate(episode):
         video.frames[index, t], video.masks[index, t] = frame, info["mask"]
         video.states[index, t], video.start[index, t] = info["state"], start
-        video.actions[index, t], means[t] = np.float32(action) / high, intended / high
-        video.rewards[index, t] = reward
+        video.actions[index, t], video.rewards[index, t], means[t] = action, reward, intended
     video.expected[index] = expected_action(means, scale)
     video.demonstration[index] = index % 2 == 0
     video.length[index] = t + 1  # comes last: where it is 0, the episode is still to be recorded
@@ -1308,21 +1329,6 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
         masks.append((255 * logits[:, 0].float().sigmoid()).round().byte().cpu().numpy())
     return np.concatenate(masks)
 
-def degrade(config, masks: np.ndarray, rng) -> np.ndarray:
-    """Masks (n, H, W) u8 made worse as --erode, --dilate, --shift and --occlude say, in this order:
-    minima and maxima over squares, and rectangles cut out of the agent."""
-    x = torch.from_numpy(np.array(masks, np.float32))[:, None]
-    for reach, sign in ((config.erode, -1), (config.dilate, 1)):
-        x = sign * F.max_pool2d(sign * x, 2 * reach + 1, 1, reach)
-    worse = F.pad(x, (config.shift, 0))[:, 0, :, :x.shape[-1]].byte().numpy()
-    for mask in worse if config.occlude else ():
-        rows, columns = np.nonzero(mask >= 128)
-        while len(rows) and (mask[rows, columns] == 0).mean() < config.occlude:
-            i, (h, w) = rng.integers(len(rows)), rng.integers(1, mask.shape[0] // 8 + 1, 2)
-            y, x = rows[i], columns[i]
-            mask[max(y - h, 0):y + h, max(x - w, 0):x + w] = 0
-    return worse
-
 def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
     a, b = a[where] >= 128, b[where] >= 128
@@ -1330,40 +1336,31 @@ def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
 
 # ==== 13. Evaluation [evaluate] ===================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
-# probed on. A few episodes step together, so that the policy sees batches.
+# probed on. All episodes step together, so that the policy sees batches.
+def evaluation_seeds(config):
+    return [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
+
 @torch.no_grad()
-def rollout(config, policy, seeds, device="cpu"):
-    """Run an episode a seed at once -> returns (n,), film (t, H, W, 3) u8 of the first, t <= 200.
+def rollout(config, policy, device, text):
+    """Let a policy act -> returns (eval_episodes,), film (t, H, W, 3) u8 of the first, t <= 200.
     The policy maps obs (n, 3, H, W, 3) u8 to actions (n, A) in [-1, 1]."""
+    seeds = evaluation_seeds(config)
     envs = [make_env(config, "evaluate") for _ in seeds]
     frames = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
-    stack, high = [np.stack(frames)] * 3, envs[0].action_space.high  # the first frame, repeated
-    returns, alive, film = np.zeros(len(envs)), np.ones(len(envs), bool), []
-    for _ in range(config.eval_steps):
+    stack, film = [np.stack(frames)] * 3, []  # the first frame, repeated
+    returns, alive = np.zeros(len(envs)), np.ones(len(envs), bool)
+    for _ in progress(range(config.eval_steps), text, config.eval_steps):
         actions = policy(torch.from_numpy(np.stack(stack, 1)).to(device)).cpu().numpy()
         if len(film) < 200 and alive[0]:
             film.append(frames[0])
         for i in np.flatnonzero(alive):
-            frames[i], reward, terminated, _, info = envs[i].step(high * actions[i])
+            frames[i], reward, terminated, _, info = envs[i].step(actions[i])
             returns[i] += moving_reward(reward, info)
             alive[i] = not terminated
         if not alive.any():
             break
         stack = [*stack[1:], np.stack(frames)]
     return returns, np.stack(film)
-
-def evaluate(config, name, policy=None, device="cpu"):
-    """Returns (eval_episodes,) of a pixel policy, and a film of the first episode; of "expert" and
-    "random", which read states, the returns and None."""
-    seeds = [episode_seed(config, "evaluate", i) for i in range(config.eval_episodes)]
-    if name in ("expert", "random"):
-        expert = load_expert(config.task) if name == "expert" else None
-        episodes = [state_rollout(config.task, expert, seed, config.eval_steps) for seed in seeds]
-        return np.array([rewards.sum() for _, _, rewards in episodes]), None
-    groups = [seeds[i:i + 5] for i in range(0, len(seeds), 5)]
-    parts = [rollout(config, policy, group, device)
-             for group in progress(groups, f"{name} acts", len(groups))]
-    return np.concatenate([returns for returns, _ in parts]), parts[0][1]
 
 # ==== 14. Report [report] =========================================================================
 # In: the numbers of all stages. Out: a table, a figure and an animation.
@@ -1396,22 +1393,10 @@ def table(results: dict) -> str:
             lines.append(f"{name:15}{brief(results[name + '_return']):>72}")
     return "\n".join([*lines, f"noise is {results['noise_share']:.2f} of the actions' variance"])
 
-@torch.no_grad()
-def predict_one(windows, lam) -> dict:
-    """Pictures of one window, {title: (H, W, 3) or (H, W), 0 to 1}, and what is predicted of it."""
-    stacks, next_obs, mask = windows.batch(np.array([len(windows) // 3]))
-    predicted = lam.fdm(stacks[:, :3], lam.idm(stacks)).clamp(-0.5, 0.5)
-    error = 2 * (predicted - next_obs).abs().mean(1, keepdim=True)
-    images = {"next frame": next_obs + 0.5, "prediction": predicted + 0.5, "mask": mask,
-              "absolute error, doubled": error}
-    return {title: x[0].permute(1, 2, 0).squeeze().cpu().numpy() for title, x in images.items()}
-
-def plot_summary(results, predictions, path):
-    """Bars of the numbers, training curves, and {method: what `predict_one` gives}."""
-    heights = [3, 3] + [2.5] * len(predictions)
-    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
-    grid = figure.subplots(len(heights), 4, height_ratios=heights)
-    *panels, curves = grid[:2].flat
+def plot_summary(results, path):
+    """Bars of the numbers, and training curves."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    *panels, curves = figure.subplots(2, 4).flat
     for ax, (key, title) in zip(panels, [(key, t) for key, (_, t) in COLUMNS.items() if t]):
         rows = {name: row for name, row in results["methods"].items() if key in row}
         spread = [row["return_std"] for row in rows.values()] if key == "return_mean" else None
@@ -1422,12 +1407,8 @@ def plot_summary(results, predictions, path):
         ax.tick_params(axis="x", labelrotation=30, labelsize=8)
         ax.set_title(title, fontsize=9)
     curves.set_title("loss, by tenths of the training", fontsize=9)
-    for (name, images), row in zip(predictions.items(), grid[2:]):
-        curves.semilogy(results["methods"][name]["losses"], color=COLORS.get(name, "black"))
-        for ax, (title, image) in zip(row, images.items()):
-            ax.imshow(image, cmap="gray", vmin=0, vmax=1)
-            ax.set(xticks=[], yticks=[])
-            ax.set_title(f"{name}: {title}", fontsize=8)
+    for name, row in results["methods"].items():
+        curves.semilogy(row.get("losses", []), color=COLORS.get(name, "black"))
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=100, format="png", bbox_inches="tight")
 
@@ -1438,7 +1419,9 @@ def save_animation(films, path, seconds, scale=3):
     columns = [np.pad(film, ((0, 0), (0, 0), (0, 2), (0, 0))) for film in lasting]
     frames = np.concatenate(columns, 2).repeat(scale, 1).repeat(scale, 2)
     with written_whole(path) as temporary:
-        imageio.imwrite(temporary, frames, extension=".gif", duration=1000 * seconds, loop=0)
+        first, *others = map(Image.fromarray, frames)
+        first.save(temporary, "GIF", save_all=True, append_images=others, duration=1000 * seconds,
+                   loop=0)
 
 # ==== 15. A run ===================================================================================
 # In: the command line. Out: a folder of results. A `Run` is a lazy chain: each stage is a method
@@ -1447,7 +1430,8 @@ def save_animation(films, path, seconds, scale=3):
 # it, the source of the sections and of the methods of `Run` that bear these stages' names, the task
 # and its expert, the files that were named, and the libraries. So nothing stale is ever reused.
 VERSIONS = {name: importlib.metadata.version(name) for name in (
-    "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow")}
+    "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow",
+    "av")}
 SECTION = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )"
 CODE = re.findall(SECTION, Path(__file__).read_text("utf-8"), re.MULTILINE)  # (stage, source)
 
@@ -1461,11 +1445,13 @@ def stage(compute):
     def kept(self, name="all"):
         path, start = self.path(title, name), time.monotonic()
         partial = path.with_suffix(".partial")
-        if not path.exists():
+        if mean_over_ranks(torch.tensor(float(path.exists()))) < 1:  # all ranks see the same
             result = compute(self, name, partial)
-            save(path, (result, time.monotonic() - start))
-            partial.unlink(missing_ok=True)
-        result, self.seconds[title, name] = load(path, self.device)
+            if ranks()[0] == 0:
+                save(path, (result, time.monotonic() - start))
+                partial.unlink(missing_ok=True)
+            mean_over_ranks(torch.zeros(1))  # wait until it is written
+        result, self.seconds[f"{title}-{name}"] = load(path, self.device)
         return result
 
     return kept
@@ -1478,6 +1464,10 @@ class Run:
         self.config, self.cache, self.device = config, Path(out) / "cache", torch.device(device)
         self.pmap, self.seconds = pmap, {}
         self.cache.mkdir(parents=True, exist_ok=True)
+
+    def __reduce__(self):
+        """A worker gets a run as it was made, without what it has in memory."""
+        return Run, (self.config, self.cache.parent, self.device)
 
     def path(self, title, name="all") -> Path:
         """The file of a result; arrays lie in a folder of the same name."""
@@ -1494,7 +1484,10 @@ class Run:
 
     @stage
     def record(self, name, partial):
-        record(self.config, partial.with_suffix(""), self.pmap)
+        if ranks()[0] == 0:
+            for path in [p for split in SPLITS for p in footage(self.config.backgrounds, split)]:
+                read_film(path, 8, limit=100)  # what fails shall fail now, not after hours
+            record(self.config, partial.with_suffix(""), self.pmap)
 
     @functools.cached_property
     def videos(self):
@@ -1505,37 +1498,35 @@ class Run:
 
     @stage
     def mask(self, name, partial):
-        """-> the IoU of the student's teacher with the simulator."""
+        """-> IoU of the masks to learn with, and of the student's teacher, with the simulator's."""
+        if self.config.masks == "simulator":
+            return {split: 1.0 for split in self.videos}
         student, iou = teach_student(self.config, self.videos["training"], self.device)
+        if ranks()[0]:
+            return None  # rank 0 does the rest
+        ious = {"keyframes": iou}
         with written_whole(partial.with_suffix("")) as folder:
             folder.mkdir()
             for split, video in self.videos.items():
                 masks = create_array(folder / f"{split}.npy", video.masks.shape, np.uint8)
                 for e, frames in enumerate(video.frames):
                     masks[e] = student_masks(student, frames)
-        return iou
-
-    @functools.cached_property
-    def masks(self):
-        """{split: masks (E, T, H, W) u8 to learn with}; UserError where they show no agent."""
-        config, masks = self.config, {split: video.masks for split, video in self.videos.items()}
-        if config.masks != "simulator":
-            self.mask()
-            folder = self.path("mask").with_suffix("")
-            masks = {split: np.load(folder / f"{split}.npy", "c") for split in masks}
-        if config.erode or config.dilate or config.shift or config.occlude:
-            masks = {split: np.stack([degrade(config, m, generator(config.seed, split, e))
-                                      for e, m in enumerate(masks[split])]) for split in masks}
-        for split in masks:
-            require((masks[split][:50] >= 128).mean() > 1e-3, f"the masks of {split} video are "
-                    "empty: less of --erode, --shift, --occlude, more --keyframes, a larger --zoom")
-        return masks
+                ious[split] = mask_iou(masks, video.masks, video.valid)
+        return ious
 
     @functools.cached_property
     def windows(self):
-        """Training, held-out and decorrelated windows."""
-        return [Windows(video, self.device, self.masks[split])
-                for split, video in self.videos.items()]
+        """Training, held-out and decorrelated windows, with the masks to learn with."""
+        windows = []
+        for split, video in self.videos.items():
+            if self.config.masks != "simulator":
+                self.mask()
+                folder = self.path("mask").with_suffix("")
+                video = replace(video, masks=np.load(folder / f"{split}.npy", "c"))
+            require((video.masks[:50] >= 128).mean() > 1e-3, f"the masks of {split} video are "
+                    "empty: more --keyframes")
+            windows.append(Windows(video, self.device))
+        return windows
 
     @stage
     def lam(self, name, partial):
@@ -1544,15 +1535,17 @@ class Run:
     @stage
     def probe(self, name, partial):
         """-> numbers of results.json."""
-        if name in REFERENCES:
-            idm = train_reference(self.config, self.windows[0], name, partial)
-            read = functools.partial(encode, idm, frames=REFERENCES[name])
-            return probe(self.config, read, *self.windows)
-        lam = self.lam(name)
-        found = probe(self.config, functools.partial(encode, lam.idm), *self.windows)
-        if hasattr(lam, "fdm"):  # it predicts pixels
-            found["latent_use"] = latent_use(lam, self.windows[1])
-        return found
+        config, training = self.config, self.windows[0]
+        if name not in REFERENCES:
+            lam = self.lam(name)
+            found = probe(config, functools.partial(encode, lam.idm), *self.windows)
+            use = {"latent_use": latent_use(lam, self.windows[1])} if hasattr(lam, "fdm") else {}
+            return found | use  # of methods that predict pixels
+        network = clone(config, training, training.actions_and_noise(), np.arange(len(training)),
+                        name, REFERENCES[name], updates=max(1, config.lam_updates // 2),
+                        lr=config.lam_lr, checkpoint=partial)
+        read = functools.partial(encode, network, frames=REFERENCES[name])
+        return probe(config, read, *self.windows)
 
     @stage
     def policy(self, name, partial):
@@ -1579,24 +1572,27 @@ class Run:
 
     @stage
     def evaluate(self, name, partial):
-        """-> returns (eval_episodes,), a film, and the NMSE of actions on unseen demonstrations; of
-        "expert" and "random" the returns alone."""
-        if name in ("expert", "random"):
-            return *evaluate(self.config, name), None
-        policy = self.decode(name)
-        error = action_nmse(policy, self.windows[1])
-        return *evaluate(self.config, name, policy, self.device), error
+        """-> returns (eval_episodes,), a film, and the NMSE of actions on unseen demonstrations."""
+        policy, heldout = self.decode(name), self.windows[1]
+        if ranks()[0]:
+            return None  # rank 0 does the rest
+        acts = rollout(self.config, policy, self.device, f"{name} acts")
+        return *acts, action_nmse(policy, heldout)
 
-    def scale(self):
+    @stage
+    def scale(self, name, partial):
         """-> mean returns of random actions and of the expert, which must be better."""
-        chance, expert = (float(self.evaluate(name)[0].mean()) for name in ("random", "expert"))
+        task, steps, seeds = self.config.task, self.config.eval_steps, evaluation_seeds(self.config)
+        chance, expert = (
+            float(np.mean([state_rollout(task, expert, seed, steps)[2].sum() for seed in seeds]))
+            for expert in (None, load_expert(task)))
         require(expert > chance, f"the expert earns {expert:.0f}, random actions {chance:.0f}: "
                 "evaluate longer, or search the expert again")
         return chance, expert
 
     def row(self, name, until="report") -> dict:
         """A method's, reference's or clone's numbers, from its whole life, or up to a stage."""
-        row, training = {}, self.windows[0]
+        row, demonstrations = {}, len(self.windows[0].demonstrations())
         if name not in (*CLONES, *REFERENCES):
             row["losses"] = self.lam(name).losses
         if name not in CLONES and until != "lam":
@@ -1606,50 +1602,43 @@ class Run:
                 self.policy(name)  # before it is decoded, for the time of each
             self.decode(name)
             (returns, _, error), (chance, expert) = self.evaluate(name), self.scale()
-            labelled = labelled_windows(self.config, training)
-            seen = training.demonstrations() if name == "oracle" else labelled
             row |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()),
                         normalized_return=float((returns.mean() - chance) / (expert - chance)),
-                        return_n=len(returns), action_nmse=error, labels=len(seen))
+                        return_n=len(returns), action_nmse=error, labels=demonstrations)
+            if name != "oracle":
+                row["labels"] = min(demonstrations, self.config.labels)
         return row
 
     def execute(self, folder, until="report") -> dict:
         """Everything up to a stage; results.json and pictures of it into a folder."""
         config = self.config
-        for path in [path for split in SPLITS for path in footage(config.backgrounds, split)]:
-            read_film(path, 8, limit=1)  # what fails shall fail now, not after hours
         results = dict(task=config.task, seed=config.seed, config=asdict(config), versions=VERSIONS,
                        device=str(self.device), mask_source=config.masks)
         self.record()
         if until != "record":
-            iou = {split: mask_iou(self.masks[split], video.masks, video.valid)
-                   for split, video in self.videos.items()}
-            teacher = {} if config.masks == "simulator" else {"keyframes": self.mask()}
-            results["mask_iou"] = iou | teacher
+            results["mask_iou"] = self.mask()
+        actions, noise = np.split(self.windows[0].actions_and_noise().var(0), 2)
+        results["noise_share"] = float((noise / actions).mean())
         if until == "report":
             results["random_return"], results["expert_return"] = self.scale()
 
         names = dict(lam=config.methods, probe=(*config.methods, *REFERENCES),
                      report=(*config.methods, *CLONES, *REFERENCES)).get(until, ())
-        if self.device.type == "cpu":  # side by side; workers leave what they compute in the cache
-            list(self.pmap(Run.row, [(Run(config, self.cache.parent), n, until) for n in names]))
+        if self.device.type == "cpu" and ranks()[1] == 1:  # side by side, into the cache
+            list(self.pmap(Run.row, [(self, name, until) for name in names]))
         results["methods"] = {name: self.row(name, until) for name in names}
-        training, heldout, _ = self.windows
-        share = training.noise().var(0) / training.actions().var(0)
-        results["noise_share"], results["seconds"] = float(share.mean()), {
-            title: round(sum(s for (t, _), s in self.seconds.items() if t == title), 1)
-            for title in STAGES[:-1]}
+        results["seconds"] = {key: round(seconds, 1) for key, seconds in self.seconds.items()}
+        films = [self.evaluate(name)[1] for name in config.methods] if until == "report" else []
+        if ranks()[0]:
+            return results  # rank 0 writes them
 
         folder.mkdir(parents=True, exist_ok=True)
         with written_whole(folder / "results.json") as temporary:
             temporary.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
         if names:
-            lams = [(name, self.lam(name)) for name in config.methods]
-            plot_summary(results, {name: predict_one(heldout, lam) for name, lam in lams
-                                   if hasattr(lam, "fdm")}, folder / "summary.png")
-        if until == "report":
-            save_animation([self.evaluate(name)[1] for name in config.methods],
-                           folder / "rollouts.gif", state_env(config.task).dt)
+            plot_summary(results, folder / "summary.png")
+        if films:
+            save_animation(films, folder / "rollouts.gif", state_env(config.task).unwrapped.dt)
         return results
 
 def start_worker(lock):
@@ -1668,8 +1657,12 @@ def workers():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with futures.ProcessPoolExecutor(min(cores, 16), context, start_worker,
                                      (context.RLock(),)) as pool:
+        def starmap(function, jobs):
+            for job in [pool.submit(function, *job) for job in jobs]:
+                yield job.result()
+
         try:
-            yield lambda function, jobs: pool.map(function, *zip(*jobs))
+            yield starmap
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()
@@ -1706,10 +1699,17 @@ def main(argv=None):
     try:
         config, out, name, until = parse(argv)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if "LOCAL_RANK" in os.environ:  # of torchrun
+            dist.init_process_group(timeout=datetime.timedelta(days=7))
+            require(config.batch_size % ranks()[1] == 0, f"batch_size is {config.batch_size}; "
+                    f"allowed: multiples of {ranks()[1]}, the number of processes")
+            if device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         with workers() as pmap:
             results = Run(config, out, device, pmap).execute(out / name, until)
-        print(table(results))
-        print("files:", *sorted(map(str, (out / name).glob("*.*"))))
+        if ranks()[0] == 0:
+            print(table(results))
+            print("files:", *sorted(map(str, (out / name).glob("*.*"))))
         return 0
     except KeyboardInterrupt:
         print("\nmasklam: stopped; the same command goes on from here", file=sys.stderr)
@@ -1717,15 +1717,13 @@ def main(argv=None):
     except (UserError, OSError, futures.BrokenExecutor) as error:
         print("masklam:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 # ==== 16. Experts =================================================================================
 # Found by augmented random search (arXiv 1803.07055, notebook 7): one small matrix each, a linear
 # policy, which a servo makes enough to walk. Nothing else here is trained on states.
-def from_literal(literal: str, actions: int) -> np.ndarray:
-    """A linear policy (A, 1 + S) f64 from text: float16, low bytes first, deflated, in base 85."""
-    planes = np.frombuffer(zlib.decompress(base64.b85decode(literal)), np.uint8).reshape(2, -1)
-    return planes.T.copy().view(np.float16).reshape(actions, -1).astype(float)
-
 EXPERTS = {
     "cheetah": "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg"
         "{{7xZN_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)"
@@ -1741,35 +1739,11 @@ EXPERTS = {
         "AULa_i|t>_x?1ybaYbp!KrO$hzOKkD<+iR^FV{UD$e_qGmwN{H@59@Z6j(j)kCt%p8O}TayQGfn)R4@B9FZR7X0+xs"
         "FEu2)lj&6>*Q~rKo5bb7Gy2V{8U#G_*bVZ99@}UzfO=$7o`Z;>_n`6+3I!Lz`gdsqgd>q@M@mE%;<+%#u9wU?Oe(V2"
         "d{DS5B&o$2m8!e9UDv4B=2vTo3eISS?LLr#j8ZaQ&fah6wu+)MBx(D^Yp2D9MaewN7P9@csviiO`cB3CQ6;wQPxH",
-    "humanoid": "c-nQ;dsGuw9>DRd9xY0h)(Qv-kc7OSGm{4dA{q>>t+v+oXe+vEwbkyTE9dxVX?@iCXmP7nJqUz|33*MDnP"
-        "f7PNdgiiDA4tBd}7xJurA`RWvjAaZME8+`~m+lbM86w&)j>zpFe($U$MYa0QLi_x@33H^{smm^WXG0kD%ZQm;k^|us"
-        "rnzXIJUNaX<OnpOXIr%)<g^K!H|J2*B&$FQ5s02PP!}fPk(yKyT87l)ib3^ZQFL-(NlDF_42=(4PWK$G6@BS9}-lJ<"
-        "l#p&E3QK?9F}PBACnk{RVh+6%e2YTm{QODF7Dm{sK^|;O=oOUuSns>PDuf6@Z7}AW#f}{>O@s4B4v|XU+bxY|-t#!_"
-        "GgQ1M|Q$a1P7__nqJxco|$_HvDw;+Opr?*}k{3@8#8d9w+@P_qDAzH}4qMPyF7^ty;1u^l4t&yJ_i?e^&H%97%esA6"
-        "@r(adi6!NyYQG-_P1`dGMF=q+m5Zyo}4w`=V#}cuDdxSHpPKN4EyL_t>I42Jd`bto={&k6FGy*WNB&mwcciB{ubD6{"
-        "qPE^{c~ZoBq4N%BGfEF86+>yqdJ;rL&b;D}TwAuX(mA^s~ArdAR88j&fW1fML@e=^t?Cmwog6H4i2Yy)ys7!~#{v`&"
-        "G-r<QCKMN3pblyTS57)6`k#&BViM=<ey1NGogYcN~7@1k=;={GJEBJs-SwrR(XPlnwf9W$k;LJwLqqBuRXK-V~$dQ2"
-        "Qdd?3>CD2XD0uPq>nvUB2bywAFL}dwR`^5tp-_G&f_#!F?Ny|7Kx#MqTdR(TqF1Jz4wpL{a74p|M;(9&u^!&AU<Db<"
-        "0`%^`@ao2S!~WS(@w0(SxUc@A~rF>HiqZrESE;MqDj4r@X4GGxc3-t{8RcB6HTP@85qdy{%yU<P~GN{4nCuzH4&#TV"
-        "3js_wIH+$+$P_GC-%#E{~m{R5j(#7l_7k*_E@fVwJx8f(aaI^le^HG*0}Y`lX|Lrg>m^{h~*qcP2yxfwz0*+37K>bL"
-        "G*Uo&_1pe(M$(Dq7~?+dg@vMg<paJp1<Y%g&sE{jHsJ>*P*4vTyiw8~@T!*~Lw>c7E{{J4;VHPMeRN{OOw+$?e$6ZI"
-        "^a0>D*@PUOxZH#U&}O2ai5ns7oy<+${z9!G(&$>zc2xAAD?>TE;FdO>I4S$o}GL2GL|K*!W4o&!?w!-dg-_(vDqQZc"
-        "KV}_5t3s89C_E2W82;+vjIodtT5tRQ!~@-oJ6AsPGy455<KW__(#(6|i-*C^uN3m;XBRNY%2x3gaDP6`dL>T2gCi&7"
-        "0iU^s#lFeEhS~qQB3{k`8oMnm3$Z+7<YGtfJ6J(L=6ex@;@7;duMGj%PKaMR0Pe`R>A4+n`DGeZ}xtMFwLW&;XnPp%"
-        "4pCES-!9`-lKg04D%JAjoN`PArbtZbj{hDP;r(5Mm~a6@WJ84Kee{?+2h5Xj(w@WEiO})R7skK)s8|26?~>GQEJuvh"
-        "mDy+=h$>VUAsRLQLZx5N9?=00~GnvmXqi%wi5K0fZhzVzeVTOUsADN@rLlV2;oMxdb?!Hd~#L%Vlx19o%fbMvUp0%f"
-        "KKEWWXI{KD0o?OsctxwiYC+ZVJ(eUlOHtFy)8nfD92+>Ku$Kw`a)&*>1F|8nxML(0Uvt6(xlRzZZfUd=$S!uOlFZU3"
-        "{!<j-kM)48?+Elp^yol^96`GfBV9g{Wbl140jD89Wy+!zSifBrZNIB|LM_6k(A(L?ux84YTqIN{LBTZAxRvM3Ne5*c"
-        "(A~0m3H}c?1f=kJ6Z0WP!LDSzfNCUS_jNgm$OJts%8%j0DV5yQHYvUDOhWX<Ftsmo&EfqmAKave`*t!Nw?|R$_9<3y"
-        "~2FmkRI<%*}S7-gK^0kR`DRL<ppXiVz%<z>WZ-i#6)Cbe@>!V_b@me5y$k4e8)8W205c)Jh0JDJn;9ljpkJRW%8lnc"
-        "{je*RBvFc*#kF(n~-*pW4yUsDmKfjwW21jDAfF)@3jzjEx!bBXCeAL?~Fshr|h!gbga>qgG4M3rXghisX?95)j}@Lo"
-        "6Sn{Fpc4qA?+e#;fxazOXNfIB~+~_V~rLT<vB<wmQZnVUsJc@H|3M2%*o!i6Dz|c~MGKR1^-<TA3)}qKxWw%}Bx|VS"
-        "@#{Q~-mJh#dDi@me=ylCbe`1p;T5n<Qwc1yMjAm>(d+F}<FqBjN^Myl9RgUx&vca7gU&lR-SHmFT$|1%e}7Hp|a*Nx"
-        "jE1E#`Vma?IipYNco}RHCuM9$P@6;=LYkgTh(@lbKrL#%3qZmnowD`o<<4ijZs%tO`&V2`Ohdc*i*nxndD&N4-{zUl"
-        "(>m8g)F5Yo%d{8=_{n&OwQw-$%5Dio-3U5S<sa;E)EAA()7UTymM84k~bwI~5gi1cExAS&pKd6C91e;)`esF^*0paJ"
-        "h(LV^q>asmu~%ORFKO!)Ha5Ff0#hP$nl7)p>A4f!NqACC|*x%ocj3X%>$QlcXhzG$kQx(8CSjDqcst7}9AW%y*{9Xf"
-        "!x+hfH6fAaK1h+XDw8lto3!NkTb;&qLkf+$<~4j`3Njmy;->;zpd7>LenFI@Q{WLP4buVv2MvZVeq#Gc_brMF{0`H!"
-        "V}rutMQ>S0!o^RVQ*dm>3N?*|JEeP|gXfoGu|$9FKaM)T&I${{isX8qN",
+    "humanoid": "c-rlhF-XHu6h$vW2Q#=8M5xfJu_X-&HH~JA;8Jjqf{Ps-T-;S$oD{kUj^d&qXd08INioJk7eUZj5H|<Gs"
+        "p#(L-*4<L^alQL?#t)!Alaw^Dkx1{Vjt-VAv4^8hB{GcR~!LyJpYAvWQe|m<LAhgrm6UzT3PSc2-mHqjl;$p6{mh"
+        "<`)Dsk{!_x>_<-<Qes%eElkm@2W(yw!i3&OYXrDb1o_zlA{upIwtOV#XR>d>-$180tF)ZT(3engQhlv@U??Q*i^P"
+        "1g<?)9h$t~&EdK-dnf9uo783PpE{zMCR{Uquq%5;o+@L^fm}ebItxRH<;=g+Sv4m1N-`dAy%sw$oDhzx1FAf79gq"
+        "mB?}ZV!FQ>FR;H;Imv2_BjKMIydSq*P_=8qH_qsb7@l7{)?~Q",
 }
 
 if __name__ == "__main__":  # as a module, so that notebooks can load the networks that a run keeps

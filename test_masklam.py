@@ -10,11 +10,13 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")
 
 with contextlib.suppress(ImportError):
     import triton  # noqa: F401 - its LLVM crashes if torch loads it after MuJoCo has loaded Mesa's
+import av
 import gymnasium as gym
 import mujoco
 import numpy as np
@@ -35,7 +38,6 @@ import segment_anything
 import torch
 import torch.nn.functional as F
 from gymnasium.utils.env_checker import check_env
-from matplotlib.cbook import get_sample_data
 from PIL import Image
 from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncoder, Sam,
                                        TwoWayTransformer)
@@ -90,7 +92,7 @@ assert (threading.active_count(), multiprocessing.active_children()) == (1, [])"
 # -- bodies and experts --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("task, bar", [("cheetah", 1500), ("hopper", 600), ("walker", 500),
-                                       ("swimmer", 120), ("ant", 500), ("humanoid", 600)])
+                                       ("swimmer", 120), ("ant", 500), ("humanoid", 60)])
 def test_experts_return_what_their_bars_ask_for(task, bar):
     """500 steps on seeds of no search, without the bonus for being alive."""
     assert set(TASKS) == set(masklam.EXPERTS)
@@ -102,7 +104,7 @@ def test_experts_return_what_their_bars_ask_for(task, bar):
 def test_a_servo_holds_the_angles_that_an_action_asks_for(task):
     """In the air, without gravity. The middle is the initial pose, as far as the joint can take
     every angle that is asked for; the ends lie 2 reach apart, or where the joint ends."""
-    env, motors = masklam.bare_env(task), gym.make(TASKS[task].env_id).unwrapped.model
+    env, motors = masklam.bare_env(task).unwrapped, gym.make(TASKS[task].env_id).unwrapped.model
     model, data, strongest = env.model, env.data, []
     joints = model.actuator_trnid[:, 0]
     places, limits = model.jnt_qposadr[joints], model.jnt_range[joints]
@@ -110,9 +112,10 @@ def test_a_servo_holds_the_angles_that_an_action_asks_for(task):
     model.jnt_stiffness[:] = 0
 
     def settled(share):
-        env.reset(seed=0)
-        data.ctrl[:] = share * env.action_space.high
-        for steps in (1, 2000):  # at first, far from the angle, as strong as the motors were
+        for away, steps in ((share, 1), (0, 2000)):  # far away it is as strong as the motors were
+            env.reset(seed=0)
+            data.ctrl[:] = share * model.actuator_ctrlrange[:, 1]
+            data.qpos[places] -= away
             mujoco.mj_step(model, data, steps)
             strongest.append(abs(data.actuator_force))
         return data.qpos[places].copy()
@@ -139,37 +142,35 @@ def test_the_gait_stays_within_the_frame(task, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_renderer_agrees_with_the_simulators_segmentation(task):
-    env, view = masklam.state_env(task), TASKS[task].camera
+    env, view, size = masklam.state_env(task), TASKS[task].camera, 384
     env.reset(seed=0)
     env.action_space.seed(0)
-    renderer, camera, size = masklam.AgentRenderer(env.model, view), mujoco.MjvCamera(), 384
+    model, true = env.unwrapped.model, env.unwrapped.data
+    renderer, camera = masklam.AgentRenderer(model, view), mujoco.MjvCamera()
     camera.distance, camera.azimuth, camera.elevation = view[0], 90, view[1]
     try:
-        reference = mujoco.Renderer(env.model, size, size)
+        reference = mujoco.Renderer(model, size, size)
     except Exception as error:  # MuJoCo raises many kinds
         pytest.skip(f"no OpenGL to compare with: {error}")
     reference.enable_segmentation_rendering()
-    ious, data = [], mujoco.MjData(env.model)
+    ious, data = [], mujoco.MjData(model)
     for _ in range(5):
         for _ in range(5):
             env.step(env.action_space.sample())
-        data.qpos[:] = env.data.qpos
-        mujoco.mj_forward(env.model, data)
+        data.qpos[:] = true.qpos
+        mujoco.mj_forward(model, data)
         camera.lookat[:] = *data.subtree_com[1, :2], renderer.height
         reference.update_scene(data, camera)
         inside = (reference.render()[..., 0] > 0) * np.uint8(255)
         truth = inside.reshape(64, 6, 64, 6).mean((1, 3)).round().astype(np.uint8)
-        rgb, alpha, mask = renderer(env.data.qpos)
+        rgb, alpha = renderer(true.qpos)
         ious.append(masklam.mask_iou(alpha, truth))
-        assert (mask == alpha).all() and (rgb[alpha == 0] == 0).all() and rgb.max() > 100
+        assert (rgb <= alpha[..., None]).all() and rgb.max() > 100
         assert abs(alpha.mean() - truth.mean()) < 0.03 * truth.mean()  # soft alpha has no bias
     assert np.mean(ious) >= 0.94 and min(ious) >= 0.9  # limbs are three pixels wide
 
-def test_zoom_is_the_agents_size_and_the_camera_follows_it_but_shows_its_jumps():
-    areas = [masklam.make_env(replace(SMOKE, zoom=zoom)).reset(seed=0)[1]["mask"].mean()
-             for zoom in (1, 0.5, 1.2)]
-    assert areas[1:] == pytest.approx([areas[0] / 4, areas[0] * 1.44], rel=0.15)
-    model = masklam.state_env("cheetah").model
+def test_the_camera_follows_the_agent_but_shows_its_jumps():
+    model = masklam.state_env("cheetah").unwrapped.model
     renderer, pose = masklam.AgentRenderer(model), model.qpos0.copy()
     middle = lambda: np.argwhere(renderer(pose)[1] >= 128).mean(0)  # row, column
     here, pose[0] = middle(), pose[0] + 5  # metres ahead
@@ -177,15 +178,6 @@ def test_zoom_is_the_agents_size_and_the_camera_follows_it_but_shows_its_jumps()
     pose[1] += 0.3  # metres up
     row, column = middle() - here
     assert -20 < row < -5 and abs(column) < 1
-
-def test_a_goal_that_no_motor_moves_is_drawn_but_is_not_agent():
-    model = gym.make("Pusher-v5").unwrapped.model
-    renderer, moved = masklam.AgentRenderer(model), model.qpos0.copy()
-    goals = {model.body(body).name for body in model.geom_bodyid[~renderer.agent]}
-    moved[-4:] += 0.3  # places of goal and object
-    (_, alpha, mask), (_, elsewhere, same) = renderer(model.qpos0), renderer(moved)
-    assert goals == {"world", "object", "goal"} and (mask <= alpha).all() and (mask < alpha).any()
-    assert (alpha != elsewhere).any() and (mask == same).mean() > 0.95
 
 @pytest.mark.parametrize("level, size", [("none", 64), ("low", 50), ("hard", 33)])
 def test_distractors_are_an_environment_whose_physics_they_leave_alone(level, size):
@@ -203,6 +195,22 @@ def test_distractors_are_an_environment_whose_physics_they_leave_alone(level, si
     observation, _, _, _, info = env.step(np.full(6, 3.0))  # is clipped
     assert (info["action"] == 1).all() and info["state"].shape == (17,)
     assert (env.render() == observation).all() and observation.shape == (size, size, 3)
+
+def test_actions_from_minus_one_to_one_are_all_that_ones_own_environment_takes(monkeypatch):
+    """What wraps it stays, and its actions drive a background as far as they reach."""
+    spec = gym.envs.registration.EnvSpec("Own-v0", entry_point=lambda: gym.wrappers.TransformReward(
+        gym.wrappers.RescaleAction(gym.make("HalfCheetah-v5"), np.float32([-0.2, 2] * 3),
+                                   np.float32([1, 9] * 3)), lambda _: 7.0))
+    monkeypatch.setitem(gym.registry, "Own-v0", spec)
+    env, own = masklam.bare_env("Own-v0"), gym.make("Own-v0", disable_env_checker=True)
+    distractors, box, driven = masklam.Distractors(own), own.action_space, []
+    env.reset(seed=0), distractors.reset(seed=0)
+    distractors.backdrop.step = driven.append
+    for share in np.float32([-1, -0.5, 0, 1]):
+        place = box.low + (box.high - box.low) * (share + 1) / 2
+        assert env.step(np.full(6, share))[1] == distractors.step(place)[1] == 7
+        for got in (driven[-1], env.unwrapped.data.ctrl, own.unwrapped.data.ctrl):
+            np.testing.assert_allclose(got, np.full(6, share), atol=1e-6)
 
 def test_splits_share_no_seed_however_many_episodes_are_allowed():
     """Nor do recording and evaluation, nor runs with other seeds."""
@@ -226,7 +234,8 @@ def test_a_background_moves_as_fast_and_follows_the_action_as_much_as_asked(rho,
     env, velocities = masklam.make_env(config, split), []
     env.reset(seed=0)
     actions = np.concatenate([masklam.state_rollout(
-        "cheetah", expert, i, 100, masklam.noise_scale(config, i, i))[1] for i in range(50, 75)])
+        "cheetah", expert, i, config.steps, masklam.noise_scale(config, i, i))[1]
+        for i in range(50, 75)])
     for action in actions:
         before, half = env.backdrop.position.copy(), env.backdrop.period / 2
         env.backdrop.step(action)
@@ -236,7 +245,7 @@ def test_a_background_moves_as_fast_and_follows_the_action_as_much_as_asked(rho,
     rest = v - known @ np.linalg.lstsq(known, v, rcond=None)[0]
     np.testing.assert_allclose(1 - rest.var(0) / v.var(0), follows**2, atol=0.06)
     np.testing.assert_allclose(v.std(0), 3, rtol=0.15)
-    assert abs(v.mean(0)).max() < 0.1 * 3 and v.shape[1] >= 20
+    assert abs(v.mean(0)).max() < 0.15 * 3 and v.shape[1] >= 20
     again = [np.corrcoef(a, b)[0, 1] for a, b in zip(v[1:].T, v[:-1].T)]
     assert follows or again == pytest.approx(np.full(v.shape[1], 0.5), abs=0.1)
 
@@ -252,15 +261,15 @@ def test_what_is_drawn_moves_as_positions_say():
     backdrop.sprites, backdrop.position[1] = [], (43, 45)
     assert (backdrop.draw()[:-3, :-5] == before[3:, 5:]).all()
 
-def test_levels_show_what_they_say():
-    seen = []
+def test_levels_show_what_they_say_and_hard_views_walk_smoothly_within_limits():
+    seen, poses = [], []
     for level in ("none", "low", "hard"):
         env = masklam.Distractors(gym.make("HalfCheetah-v5"), level)
         env.reset(seed=3)
         frame, _, _, _, info = env.step(np.zeros(6))
         seen.append((frame, info["mask"]))
         if level != "hard":  # at its soft outline the agent and what is behind it mix
-            rgb, alpha, _ = env.renderer(env.unwrapped.data.qpos)
+            rgb, alpha = env.renderer(env.unwrapped.data.qpos)
             behind = (70, 105, 140) if level == "none" else env.backdrop.draw()
             assert len(np.unique(alpha)) > 2
             assert abs(frame - rgb - behind * (1 - alpha / 255)[..., None]).max() < 0.6
@@ -269,17 +278,12 @@ def test_levels_show_what_they_say():
     assert (same == mask).all() and (inside == low[mask == 255]).all()
     assert inside[:, 0].mean() > 1.2 * inside[:, 2].mean()  # the agent is warm
     assert masklam.mask_iou(mask, other) < 0.95  # another view
-
-def test_hard_views_and_colours_walk_smoothly_within_limits():
-    env, poses = masklam.Distractors(gym.make("HalfCheetah-v5"), "hard"), []
     draw = env.renderer
-    env.renderer = lambda qpos, view, tint: poses.append(
-        np.r_[view - np.array(masklam.NO_VIEW), tint.ravel()]) or draw(qpos, view, tint)
-    env.reset(seed=0)
+    env.renderer = lambda qpos, view: poses.append(view) or draw(qpos, view)
     for _ in range(60):
         env.step(np.zeros(6))
-    moves, most = np.diff(poses, axis=0), [9, 9, 9, 0.05] + [0.1] * (len(poses[0]) - 4)
-    assert (abs(np.array(poses)) <= np.array(most) + 1e-9).all() and moves.any(0).all()
+    moves = np.diff(poses, axis=0)
+    assert (abs(np.array(poses)) <= np.array([9, 9, 9, 0.05]) + 1e-9).all() and moves.any(0).all()
     assert np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(moves[1:].T, moves[:-1].T)]) > 0.5
 
 @pytest.fixture
@@ -288,8 +292,8 @@ def pictures(tmp_path):
     folder = tmp_path / "pictures"
     (folder / "frames").mkdir(parents=True)
     (folder / "readme.txt").write_text("not a picture")
-    with get_sample_data("grace_hopper.jpg") as file:
-        photograph = Image.open(file).convert("RGB")
+    blots = np.random.default_rng(0).integers(0, 256, (12, 15, 3), np.uint8)
+    photograph = Image.fromarray(blots).resize((450, 360), Image.Resampling.BICUBIC)
     film = [photograph.crop((30 * i, 0, 30 * i + 300, 300)) for i in range(5)]
     film[0].save(folder / "animation.gif", save_all=True, append_images=film[1:])
     for i, frame in enumerate(film):
@@ -321,7 +325,7 @@ def test_every_split_shows_other_footage_behind_the_agent(pictures, tmp_path):
     shown = {split: [p.name for p in masklam.footage(str(pictures), split)] for split in SPLITS}
     assert shown == dict(training=["animation.gif", "frames"], heldout=["photograph.jpg"],
                          decorrelated=["photograph.jpg"], evaluate=["turned.PNG"])
-    config = replace(TINY, backgrounds=str(pictures), eval_steps=3)
+    config = replace(TINY, backgrounds=str(pictures), eval_episodes=1, eval_steps=3)
     masklam.record(config, tmp_path / "video")
     for split in SPLITS[:3]:
         video = Video.open(tmp_path / "video" / split)
@@ -329,22 +333,22 @@ def test_every_split_shows_other_footage_behind_the_agent(pictures, tmp_path):
         colors = {tuple(c) for film in films for c in film}
         behind = np.unique(video.frames[video.masks == 0], axis=0)
         assert len(behind) > 200 and {tuple(c) for c in behind} <= colors
-    _, film = masklam.rollout(config, pixel_policy, [0])
+    _, film = masklam.rollout(config, pixel_policy, "cpu", "x")
     assert (film[:, :8] == film[:, :8, :, :1]).all()  # the grey picture
 
 # -- recording -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("task, rtol", [("cheetah", 1e-6), ("humanoid", 1e-4)])
-def test_recorded_episodes_replay_exactly(task, rtol, tmp_path):
-    """The humanoid's actions reach 0.4, so that scaling them to 1 and back rounds."""
+@pytest.mark.parametrize("task", ["cheetah", "humanoid"])
+def test_recorded_episodes_replay_exactly(task, tmp_path):
+    """The environment takes the humanoid's actions from -0.4 to 0.4."""
     config, folder = replace(TINY, task=task, steps=12), tmp_path / "video"
     masklam.record(config, folder)
     video, env = Video.open(folder / "heldout"), masklam.make_env(config)
     frame, info = env.reset(seed=masklam.episode_seed(config, "heldout", 1))
     for t in range(12):
         assert (video.frames[1, t] == frame).all() and (video.masks[1, t] == info["mask"]).all()
-        np.testing.assert_allclose(video.states[1, t], info["state"], rtol, rtol)
-        frame, reward, _, _, info = env.step(video.actions[1, t] * env.action_space.high)
+        assert (video.states[1, t] == info["state"].astype(np.float32)).all()
+        frame, reward, _, _, info = env.step(video.actions[1, t])
         moving = reward - info.get("reward_survive", 0)
         assert video.rewards[1, t] == pytest.approx(moving, abs=1e-4)
     assert abs(video.actions).max() <= 1 and video.demonstration.tolist() == [True, False]
@@ -361,9 +365,14 @@ def test_a_recording_goes_on_where_it_was_stopped(tmp_path):
     rest.clear(), masklam.record(TINY, folder, pmap)
     assert rest == []
 
-def test_a_body_that_explores_starts_anew_when_it_has_fallen(tmp_path):
-    config = replace(TINY, task="walker", episodes=6, steps=80, demonstration_noise=0.9)
-    video, now = recorded(config, tmp_path / "video", 6), np.arange(80)
+def test_a_body_that_explores_starts_anew_when_it_has_fallen_and_so_does_its_clock(
+        monkeypatch, tmp_path):
+    """An expected action is that of a phase of 7.5 steps from the last start."""
+    config, now = replace(TINY, task="walker", episodes=6, steps=80), np.arange(80)
+    expert = np.random.default_rng(0).normal(0, 0.3, (6, 1 + 17 + 2))
+    monkeypatch.setitem(TASKS, "walker", replace(TASKS["walker"], cycle=7.5))
+    monkeypatch.setattr(masklam, "load_expert", lambda _: expert)
+    video = recorded(config, tmp_path / "video", 6)
     assert (video.length[1::2] == 80).all() and video.length[::2].min() < 80
     assert (video.start[::2] == 0).all() and len(np.unique(video.start[1::2])) > 6
     height, angle = video.states[..., 0], video.states[..., 1]
@@ -371,19 +380,10 @@ def test_a_body_that_explores_starts_anew_when_it_has_fallen(tmp_path):
     assert not fallen[video.valid].any() and (video.start <= now).all()
     again = (video.start == now) & video.valid  # the first step of each start
     assert (abs(video.states[again] - masklam.state_env("walker").reset()[0]) < 0.02).all()
-
-def test_an_expert_with_a_clock_starts_it_anew(tmp_path):
-    """Each expected action is that of a phase of 60 steps from the last start."""
-    config, expert = replace(TINY, task="humanoid", steps=150), masklam.load_expert("humanoid")
-    video = recorded(config, tmp_path / "video", 2)
-    start = video.start[1]
-    assert 0 < start[-1] < 146 and len(np.unique(start)) > 2
-    for t in (0, 20, start[-1], start[-1] + 3):
-        angle, state = 2 * np.pi * (t - start[t]) / 60, video.states[1, t].astype(float)
-        clock = np.array([np.sin(angle), np.cos(angle)])
-        trunk = state[[0, 1, 2, 3, 4, 22, 23, 24, 25, 26, 27]]  # height, quaternion, velocities
-        seen = [1, *state, *clock, *clock[0] * trunk, *clock[1] * trunk]
-        expected = masklam.expected_action((expert @ seen).clip(-0.4, 0.4) / 0.4, 1.2)
+    for t in (0, 20, video.start[1, -1], 79):
+        angle, state = 2 * np.pi * (t - video.start[1, t]) / 7.5, video.states[1, t].astype(float)
+        intended = expert @ [1, *state, np.sin(angle), np.cos(angle)]
+        expected = masklam.expected_action(intended.clip(-1, 1), 1.2)
         np.testing.assert_allclose(video.expected[1, t], expected, atol=1e-3)
 
 def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
@@ -398,23 +398,106 @@ def test_demonstrations_are_quiet_and_explorations_are_not(tmp_path):
     beyond = [(1 - sign * intended[loud]) / config.exploration_noise / 2**0.5 for sign in (1, -1)]
     expected = sum(np.mean([math.erfc(x) / 2 for x in end.ravel()]) for end in beyond)
     assert (abs(video.actions[loud]) == 1).mean() == pytest.approx(expected, abs=0.06)
-    each = np.corrcoef(noise[loud].reshape(-1, 6).T)  # each joint its own
-    assert abs(each - np.eye(6)).max() < 0.3
     for i in range(4):  # what is executed on average, by trying
         scale = masklam.noise_scale(config, i, masklam.episode_seed(config, "training", i))
         tries = np.random.default_rng(i).standard_normal((20_000, 1, 1)) * scale + intended[i, :5]
         np.testing.assert_allclose(video.expected[i, :5], tries.clip(-1, 1).mean(0), atol=0.03)
 
-@pytest.mark.parametrize("task", ["hopper", "swimmer"])
-def test_the_past_tells_nothing_of_the_noise(task):
-    """Not even what was intended does, at whose limits noise has one way to go."""
-    expert, high, rows = masklam.load_expert(task), masklam.state_env(task).action_space.high, []
-    for seed in range(45):
-        states, actions, _ = masklam.state_rollout(task, expert, seed, 100, 1.2, restart=True)
-        known = (expert[:, 0] + states @ expert[:, 1:].T).clip(-high, high) / high
-        rows.append((known, actions - masklam.expected_action(known, 1.2)))
-    (x, y), (new, unseen) = (map(np.concatenate, zip(*part)) for part in (rows[:30], rows[30:]))
-    assert masklam.nmse(masklam.ridge(x, y)(new), unseen).mean() > 0.98
+# -- pictures and films --------------------------------------------------------------------------
+
+def save_film(path, frames, turns=0):
+    """A film (n, H, W, 3) u8, that a player is told to turn right so many times."""
+    with av.open(path, "w") as film:
+        stream = film.add_stream("mpeg4", 10, width=frames.shape[2], height=frames.shape[1],
+                                 pix_fmt="yuv420p", bit_rate=10**6)
+        for frame in frames:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        film.mux(stream.encode())
+    matrix = lambda c, s: struct.pack(">5i", c << 16, s << 16, 0, -s << 16, c << 16)
+    before, tag, track = path.read_bytes().rpartition(b"tkhd")
+    turned = matrix(*[(1, 0), (0, 1), (-1, 0), (0, -1)][turns])
+    path.write_bytes(before + tag + track.replace(matrix(1, 0), turned, 1))
+
+QUARTERS = np.uint8([[(200, 40, 40), (40, 200, 40)], [(40, 40, 200), (200, 200, 40)]])
+QUARTERS = QUARTERS.repeat(16, 0).repeat(16, 1)
+ROUND = np.stack([np.rot90(QUARTERS, turns) for turns in range(4)])  # to the left
+WIDE = np.stack([np.pad(QUARTERS, ((0, 0), (16, 16), (0, 0)))] * 2)
+UPRIGHT, TURNED, OVER, _ = map(Image.fromarray, ROUND)
+GREY, FADED, FOUR, SIX, THREE = (UPRIGHT.convert("L"), UPRIGHT.copy(), UPRIGHT.quantize(4),
+                                 Image.Exif(), Image.Exif())
+FADED.putalpha(128), SIX.update({274: 6}), THREE.update({274: 3})  # orientation
+LEVELS = np.linspace(0, 65535, 32).astype(np.uint16)[None].repeat(32, 0)
+COLORED = lambda grey: np.asarray(grey)[..., None].repeat(3, -1)
+SHOWN = {  # how a file is written, and what a viewer shows of it
+    "some.BMP": (UPRIGHT.save, QUARTERS), "four.png": (FOUR.save, QUARTERS),
+    "grey.png": (GREY.save, COLORED(GREY)), "faded.png": (FADED.save, QUARTERS * (128 / 255)),
+    "greyer.png": (FADED.convert("LA").save, COLORED(GREY) * (128 / 255)),
+    "deep.png": (Image.fromarray(LEVELS).save, COLORED(LEVELS / 257)),
+    "bits.png": (UPRIGHT.convert("1", dither=0).save, 255 * (COLORED(GREY) >= 128)),
+    "holed.png": (lambda p: FOUR.save(p, transparency=FOUR.getpixel((0, 0))),
+                  QUARTERS * (np.indices((32, 32)).max(0) >= 16)[..., None]),
+    "cmyk.jpg": (UPRIGHT.convert("CMYK").save, QUARTERS),
+    "slow.jpeg": (lambda p: UPRIGHT.save(p, progressive=True), QUARTERS),
+    "six.jpg": (lambda p: TURNED.save(p, exif=SIX), QUARTERS),
+    "three.png": (lambda p: OVER.save(p, exif=THREE), QUARTERS),
+    "three.gif": (lambda p: FOUR.save(p, save_all=True, append_images=[TURNED, OVER]), ROUND[:3]),
+    "two.webp": (lambda p: UPRIGHT.save(p, save_all=True, append_images=[TURNED], lossless=True),
+                 ROUND[:2])}
+SHOWN |= {f"film.{kind}": (lambda p: save_film(p, WIDE), ROUND[[0, 0]]) for kind in (
+    "mov", "avi", "MKV")} | {f"{turns}.mp4": (lambda p, turns=turns: save_film(p, np.rot90(
+        WIDE, turns, (1, 2)), turns), ROUND[[0, 0]]) for turns in range(4)}
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_file_is_read_as_a_viewer_shows_it_but_cut_to_a_square(name, tmp_path):
+    (write, shown), path = SHOWN[name], tmp_path / name
+    write(path)
+    film, shown = masklam.read_film(path, 32), np.reshape(shown, (-1, 32, 32, 3))
+    assert film.shape == shown.shape and film.dtype == np.uint8
+    exact = path.suffix in (".BMP", ".png", ".gif", ".webp")
+    assert abs(film - 1.0 * shown).mean() < (0.6 if exact else 5)
+    assert len(masklam.read_film(path, 32, limit=1)) == 1
+
+def test_pictures_of_a_folder_come_in_natural_order_and_what_is_hidden_does_not(tmp_path):
+    """Of whatever size, cut to squares."""
+    names = [*range(1, 13), "cat 2", "cat 10", "dog 1"]
+    colors = np.uint8([(i, 3 * i, 200 - i) for i in range(len(names))])
+    for i, (name, color) in enumerate(zip(names, colors)):
+        Image.new("RGB", (20 + i, 40 - 2 * i), tuple(color.tolist())).save(tmp_path / f"{name}.png")
+    for hidden in ("._0001.png", ".DS_Store", "Thumbs.db"):
+        (tmp_path / hidden).write_bytes(b"0")
+    assert (masklam.read_film(tmp_path, 16) == colors[:, None, None]).all()
+
+@pytest.mark.parametrize("name", ["cut.png", "cut.mp4", "empty.png", "text.mp4", "text.gif"])
+def test_a_picture_or_film_that_cannot_be_read_is_named(name, tmp_path):
+    path, whole = tmp_path / name, tmp_path / "0.png"
+    Image.effect_noise((32, 32), 50).save(whole)
+    save_film(path, QUARTERS[None]) if name == "cut.mp4" else shutil.copy(whole, path)
+    path.write_bytes(dict(cut=path.read_bytes()[:600], text=b"<html>404", empty=b"")[path.stem])
+    for film in (path, tmp_path):
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            masklam.read_film(film, 16)
+
+def test_clips_of_ones_own_are_read_with_the_masks_there_are(tmp_path):
+    """Of pictures in a folder, palettes as DAVIS has them; a film and a GIF without."""
+    own, shapes = tmp_path / "own", np.zeros((32, 32), np.uint8)
+    shapes[:, :10], shapes[:, 20:] = 1, 2  # two objects
+    (own / "2").mkdir(parents=True), (own / "masks" / "2").mkdir(parents=True)
+    save_film(own / "1.mp4", QUARTERS[None].repeat(3, 0))
+    GREY.save(own / "10.gif", save_all=True, append_images=[GREY.rotate(90)])
+    for i in range(5):
+        UPRIGHT.save(own / "2" / f"{i}.jpg")
+        mask = Image.fromarray(shapes)
+        mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        mask.save(own / "masks" / "2" / f"{i}.png")
+    video = masklam.read_clips(own, 32)
+    assert video.length.tolist() == [3, 5, 2] and len(Windows(video)) == 7
+    assert video.frames[video.valid].any((1, 2, 3)).all() and not video.frames[~video.valid].any()
+    assert ((video.masks[1] >= 128) == (shapes > 0)).all()
+    assert (video.masks[::2][video.valid[::2]] == 255).all()
+    (own / "masks" / "2" / "4.png").unlink(), (tmp_path / "empty").mkdir()
+    for name, words in (("own", "4 pictures for the 5 frames"), ("empty", ""), ("none", "not a")):
+        with pytest.raises(UserError, match=f"{name}.*{words}"):
+            masklam.read_clips(tmp_path / name, 32)
 
 # -- windows -------------------------------------------------------------------------------------
 
@@ -447,9 +530,10 @@ def test_windows_equal_a_naive_loop_at_every_episode_edge(starts):
     assert set(windows.e[windows.demonstrations()]) == {0, 4}  # two has one frame
     where = windows.e[3:5], windows.t[3:5]
     assert (windows.actions(chosen[3:5]) == video.actions[where]).all()
-    assert (windows.noise(chosen[3:5]) == (video.actions - video.expected)[where]).all()
-    worse = Windows(video, masks=255 - video.masks)  # others, to learn with
-    torch.testing.assert_close(worse.batch(chosen, 10)[2], 1 - mask)
+    short = Windows(replace(video, actions=video.actions[:, :-1]))  # none after the last frame
+    assert (short.actions() == windows.actions()).all()
+    both, noise = windows.actions_and_noise(chosen[3:5]), video.actions - video.expected
+    assert (both == np.c_[video.actions[where], noise[where]]).all()
 
 def test_folded_frames_are_the_frames_in_other_order():
     frames = torch.randint(0, 256, (2, 3, 8, 8, 4), dtype=torch.uint8)
@@ -464,37 +548,24 @@ def test_folded_frames_are_the_frames_in_other_order():
     torch.testing.assert_close(lower.float(), folded, atol=2e-3, rtol=0)
 
 @pytest.mark.parametrize("fault, words", [
-    (dict(length=np.array([9, 10, 3, 2, 5])), "length"),
-    (dict(length=np.array([9, 3])), "length"),
-    (dict(masks=np.zeros((5, 9, 8, 8, 1), np.uint8)), "mask for every frame"),
-    (dict(frames=np.zeros((5, 9, 8, 8, 3), np.float32)), "bytes"),
-    (dict(masks=np.zeros((5, 9, 8, 8), bool)), "bytes"),
-    (dict(masks=np.ones((5, 9, 8, 8), np.uint8)), "255"),
-    (dict(length=np.ones(5, int)), "nothing to learn from")])
-def test_a_video_that_would_be_misread_is_refused(fault, words):
-    with pytest.raises(UserError, match=words):
+    (dict(length=np.array([9, 10, 3, 2, 5])), "length is .5,., up to 10, not .5,. and 9 at most"),
+    (dict(length=np.array([9, 3])), "length is"),
+    (dict(length=np.ones(5, int)), "nothing to learn from"),
+    (dict(frames=np.zeros((5, 9, 3, 8, 8), np.uint8)), "frames are .5, 9, 3, 8, 8., not .E, T, H"),
+    (dict(frames=np.zeros((5, 9, 8, 8, 3), np.float32)), "float32.*not arrays of uint8"),
+    (dict(frames=[np.zeros((9, 8, 8, 3), np.uint8)] * 5), "list.*not arrays of uint8"),
+    (dict(frames=[np.zeros((n, 8, 8, 3), np.uint8) for n in (9, 2, 1, 5, 9)]), "frames"),
+    (dict(masks=np.zeros((5, 8, 8, 8), np.uint8)), "masks are .5, 8, 8, 8., not .5, 9, 8, 8."),
+    (dict(masks=np.zeros((5, 9, 8, 8, 1), np.uint8)), "masks are"),
+    (dict(masks=np.zeros((5, 9, 8, 8), bool)), "not arrays of uint8"),
+    (dict(masks=np.ones((5, 9, 8, 8), np.uint8)), "masks are 255 where the agent is, not 1"),
+    (dict(actions=np.zeros((5, 7, 2), np.float32)), "actions are .5, 7, 2., not .5, 9 or 8, A.")])
+def test_a_video_that_would_be_misread_is_refused_in_a_line(fault, words):
+    with pytest.raises(UserError, match=f"^{words}|{words}$") as error:
         Windows(replace(random_video(), **fault))
+    assert "\n" not in str(error.value)
 
 # -- masks ---------------------------------------------------------------------------------------
-
-def test_degraded_masks_are_what_their_flags_say():
-    rng, masks = np.random.default_rng(0), np.zeros((6, 32, 32), np.uint8)
-    masks[:, 8:20, 6:24] = rng.integers(0, 256, (6, 12, 18))
-    worse = lambda **flags: masklam.degrade(replace(SMOKE, **flags), masks, rng)
-    assert (worse() == masks).all()
-    windows = np.lib.stride_tricks.sliding_window_view
-    assert (worse(erode=1)[:, 1:-1, 1:-1] == windows(masks, (3, 3), (1, 2)).min((3, 4))).all()
-    assert (worse(dilate=2)[:, 2:-2, 2:-2] == windows(masks, (5, 5), (1, 2)).max((3, 4))).all()
-    moved = worse(shift=10)
-    assert (moved[:, :, 10:] == masks[:, :, :-10]).all() and (moved[:, :, :10] == 0).all()
-    agent, hidden = masks >= 128, worse(occlude=0.4)
-    fractions = [(h[a] == 0).mean() for a, h in zip(agent, hidden)]
-    assert min(fractions) >= 0.4 and np.mean(fractions) < 0.65
-    assert ((hidden == masks) | (hidden == 0)).all()
-    assert masklam.mask_iou(masks, hidden) == pytest.approx((hidden >= 128).sum() / agent.sum())
-    assert (worse(occlude=1.0)[agent] == 0).all()
-    masks[:], masks[:, 9, 9] = 0, 255  # eroded first, which leaves nothing to dilate
-    assert (worse(erode=1, dilate=1) == 0).all()
 
 def test_a_click_is_the_point_of_the_agent_farthest_from_its_border():
     masks = np.zeros((2, 64, 64), np.uint8)
@@ -527,7 +598,8 @@ def squares(side, *reach):
 AGENT = squares(10, 12, 13)  # as the camera follows it
 
 @pytest.mark.parametrize("wrong, right, also, scores", [
-    (AGENT | True, AGENT, squares(10, 0, 22), (0.99, 0.8, 0.82)),  # something at other places
+    (AGENT | True, AGENT, squares(10, 0, 22),  # something that each time is elsewhere
+     [(0.99, 0.8, 0.82), (0.99, 0.82, 0.8)] * 6),
     (squares(16, 8, 16), squares(8, 8, 24), squares(16, 8, 16),  # of other sizes
      [(0.75, 0.95, 0.75), (0.95, 0.75, 0.75), (0.75, 0.95, 0.75)] * 4),
     (AGENT | True, AGENT, AGENT, (0.99, 0.8, 0.7)),  # everything, and SAM is sure of it
@@ -615,16 +687,6 @@ def test_sam_finds_the_agent_on_unseen_backgrounds(fitted_sam, small_registry):
     iou = masklam.mask_iou(masklam.segment(predictor, frames, masklam.clicks(truth)), truth)
     assert iou >= 0.7, iou
 
-@pytest.mark.parametrize("kind", ["architecture", "truncated", "html", "missing"])
-def test_a_file_that_is_no_checkpoint_is_named(kind, fitted_sam, small_registry, tmp_path):
-    bad = tmp_path / f"{kind}.pth"
-    if kind == "architecture":
-        torch.save(small_sam(width=32).state_dict(), bad)
-    elif kind != "missing":
-        bad.write_bytes(fitted_sam.read_bytes()[:100_000] if kind == "truncated" else b"<html>404")
-    with pytest.raises(UserError, match=f"(?s)no checkpoint of vit_b in {bad}.* --sam-checkpoint"):
-        masklam.load_sam("vit_b", str(bad), "cpu")
-
 @pytest.mark.parametrize("kind", ["good", "other", "html", "offline"])
 def test_a_checkpoint_is_downloaded_once_if_its_hash_is_right(
         kind, fitted_sam, small_registry, tmp_path, monkeypatch):
@@ -648,24 +710,17 @@ def test_a_checkpoint_is_downloaded_once_if_its_hash_is_right(
     if kind == "good":
         masklam.load_sam("vit_b", "", "cpu")  # it is not fetched again
 
-def test_official_checkpoints_are_known_by_name_and_sha256():
-    assert {name: (digest[:8], len(digest)) for name, digest in masklam.SAM_FILES.values()} == {
-        "sam_vit_b_01ec64.pth": ("ec2df627", 64), "sam_vit_l_0b3195.pth": ("3adcc431", 64),
-        "sam_vit_h_4b8939.pth": ("a7bf3b02", 64)}
-
 def test_a_student_learns_from_keyframes_to_mask_unseen_backgrounds(tmp_path):
-    """Through a run, which learns with the masks that it found, and degrades them on demand."""
+    """Through a run, which learns with the masks that it found."""
     config = replace(TINY, masks="student", episodes=24, heldout_episodes=8, steps=12,
                      student_updates=400)
-    run, moved = Run(config, tmp_path), Run(replace(config, shift=3), tmp_path)
-    assert run.mask() == 1  # of its teacher, the simulator
-    for split, windows in zip(SPLITS, run.windows):
-        video, masks = run.videos[split], run.masks[split]
-        assert 0.8 <= masklam.mask_iou(masks, video.masks, video.valid) < 1, split
+    run, found = Run(config, tmp_path), []
+    for (split, true), windows in zip(run.videos.items(), run.windows):
+        masks = windows.video.masks
+        found.append(masklam.mask_iou(masks, true.masks, true.valid))
+        assert windows.video.frames is true.frames and 0.8 <= found[-1] < 1, split
         assert (windows.masks.numpy() == masks.reshape(-1, 64, 64)).all()
-        assert windows.video.masks is video.masks  # with which leakage is measured
-        assert (moved.masks[split][..., 3:] == masks[..., :-3]).all()
-    assert len(list((tmp_path / "cache").glob("mask-*.pt"))) == 1
+    assert run.mask() == dict(zip(SPLITS, found), keyframes=1)  # the simulator's
 
 # -- loss, networks, training --------------------------------------------------------------------
 
@@ -689,38 +744,37 @@ def test_the_loss_is_an_average_weighted_by_the_mask():
     empty.backward()
     assert empty.item() == 0 and (prediction.grad == 0).all()
 
-def test_paper_preset_has_the_authors_network_sizes():
+def test_paper_preset_has_the_authors_network_sizes_and_learns_and_acts():
+    """Three updates of a LAM and of its policy."""
     conv = lambda i, o, k: (i * k * k + 1) * o
-    count = lambda module: sum(p.numel() for p in module.parameters())
     encoder = lambda *widths: sum(conv(i, o, 3) + 4 * conv(o, o, 3)
                                   for i, o in itertools.pairwise(widths))
     decoder = sum(4 * conv(w, w, 3) + conv(w, below, 3)
                   for w, below in ((192, 192), (192, 96), (96, 96))) + conv(96, 3, 3)
-    lam = METHODS["masklam"](Config(**PRESETS["paper"]))
-    assert count(lam.idm) == encoder(18, 64, 128, 128) + (128 * 64 + 1) * 128
-    assert count(lam.fdm) == (encoder(9, 96, 192, 192) + 129 * 192 * 64 + conv(384, 192, 1)
-                              + decoder)
-    stacks = torch.zeros(2, 6, 64, 64, 3, dtype=torch.uint8)
+    config = Config(**PRESETS["paper"] | dict(batch_size=4, lam_updates=3, policy_updates=3))
+    windows = Windows(random_video(2, 12, 64))
+    lam = masklam.train_lam(config, windows, "masklam")
+    targets, rows = masklam.latent_targets(lam.idm, windows), windows.demonstrations()
+    policy = masklam.clone(config, windows, targets, rows, "policy")
+    counts = [len(weights(network)) for network in (lam.idm, lam.fdm, policy)]
+    print(counts, "parameters;", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "KiB at most")
+    head = (128 * 64 + 1) * 128
+    assert counts == [
+        encoder(18, 64, 128, 128) + head,
+        encoder(9, 96, 192, 192) + 129 * 192 * 64 + conv(384, 192, 1) + decoder,
+        encoder(9, 64, 128, 128) + head] == [2_608_960, 8_724_387, 2_603_776]
+    stacks = windows.seen(np.arange(2), 6)
     prediction = lam.fdm(stacks[:, :3], torch.full((2, 128), 1e3))
-    assert lam.idm(stacks).shape == (2, 128) and prediction.shape == (2, 3, 64, 64)
-    assert abs(prediction).max() <= 0.5
+    assert np.isfinite(lam.losses).all() and lam.idm(stacks).shape == policy(stacks[:, :3]).shape
+    assert prediction.shape == (2, 3, 64, 64) and 0 < abs(prediction).max() <= 0.5
 
-@pytest.mark.parametrize("patch", [1, 4])
-def test_both_fdms_use_the_latent_and_that_of_patches_predicts_a_change(patch):
-    config = Config(patch=patch, blocks=patch % 4)
-    lam, policy = METHODS["masklam"](config), masklam.FrameEncoder(config, 3, 6)
-    stacks = torch.randint(0, 256, (2, 6, 64, 64, 3), dtype=torch.uint8)
-    obs, z = stacks[:, :3], torch.zeros(2, 64)
-    assert lam.idm(stacks).shape == z.shape and policy(obs).shape == (2, 6)
-    maps = lam.idm.encoder(masklam.to_float(stacks, patch))
-    sides = (32, 16) if patch == 1 else (16, 8)
-    assert [x.shape for x in maps] == [(2, 48, *sides[:1] * 2), (2, 96, *sides[1:] * 2)]
-    assert lam.fdm(obs, z).shape == (2, 3, 64, 64)
-    assert not torch.equal(lam.fdm(obs, z), lam.fdm(obs, z + 1))
-    for p in (lam.fdm.decoder.up[-1] if patch == 1 else lam.fdm.decoder.last).parameters():
+def test_an_fdm_of_patches_uses_the_latent_and_predicts_a_change():
+    fdm, obs = masklam.FDM(Config()), torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    z = torch.zeros(2, Config().latent_dim)
+    assert not torch.equal(fdm(obs, z), fdm(obs, z + 1))
+    for p in fdm.decoder.last.parameters():
         nn.init.zeros_(p)
-    last = masklam.to_float(obs[:, 2:])
-    assert torch.equal(lam.fdm(obs, z), last if patch > 1 else 0 * last)
+    assert torch.equal(fdm(obs, z), masklam.to_float(obs[:, 2:]))
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_lapo_and_masklam_differ_in_nothing_but_the_weight(offset, monkeypatch):
@@ -858,14 +912,14 @@ def test_ridge_equals_least_squares_on_the_augmented_problem():
 
 def test_an_mlp_probe_reads_what_lies_on_no_line_and_nothing_from_noise():
     """A product of two inputs, on any scale."""
-    rng, config = np.random.default_rng(0), replace(TINY, probe_updates=300)
-    x, unseen = rng.normal(size=(2500, 2)), rng.normal(size=(1000, 2))
-    product = lambda x: np.stack([50 + 9 * x[:, 0] * x[:, 1], 1e-3 * x[:, 0]], 1)
+    config, rng = replace(TINY, probe_updates=300), np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    x, unseen, product = normal(2500, 2), normal(1000, 2), lambda x: np.c_[x.prod(1), x[:, 0]]
     line = masklam.nmse(masklam.ridge(x, product(x))(unseen), product(unseen))
     predict = masklam.mlp_probe(config, 100 * x + 7, product(x), "cpu")
     mlp = masklam.nmse(predict(100 * unseen + 7), product(unseen))
     assert line[0] > 0.9 and line[1] < 0.01 and mlp.max() < 0.1
-    x, y, unseen, true = (rng.normal(size=(2500, n)) for n in (20, 1, 20, 1))
+    x, y, unseen, true = normal(2500, 20), normal(2500, 1), normal(2500, 20), normal(2500, 1)
     predict = masklam.mlp_probe(config, x, y, "cpu")
     assert 0.9 < masklam.nmse(predict(unseen), true).mean() < 1.3
 
@@ -878,12 +932,11 @@ def test_a_probe_reads_the_action_its_noise_and_the_background_from_what_knows_t
     assert linear["probe_nmse_mlp"] < 0.1 < linear["probe_nmse_noise_mlp"]
     assert linear["probe_nmse_noise"] == pytest.approx(0.5, abs=0.1)  # half of it is expected
     assert linear["leakage_r2"] < 0.1
-    noise = masklam.probe(config, lambda w, chosen: w.noise(chosen), *windows)
+    noise = masklam.probe(config, lambda w, chosen: w.actions_and_noise(chosen)[:, 2:], *windows)
     assert noise["probe_nmse_noise"] < 1e-6 and noise["probe_nmse_noise_mlp"] < 0.1
     assert masklam.probe(config, masklam.next_background, *windows)["leakage_r2"] > 0.999
 
 def test_a_probe_is_read_where_it_was_not_fitted():
-    """The MLP is fitted on five times as many windows as the line."""
     windows, asked = [Windows(random_video(12, 30, 8, seed)) for seed in (1, 2, 3)], []
     rng = np.random.default_rng(0)
 
@@ -891,22 +944,19 @@ def test_a_probe_is_read_where_it_was_not_fitted():
         asked.append((windows.index(w), len(chosen)))
         return rng.standard_normal((len(chosen), 40)).astype(np.float32)
 
-    for few, many in ((60, 300), (200, 348)):
-        got = masklam.probe(SimpleNamespace(**vars(TINY) | dict(probe_windows=few)), chance,
-                            *windows)
-        assert asked[-3:] == [(0, many), (1, 348), (2, 348)]
+    for few in (100, 300):
+        got = masklam.probe(replace(TINY, probe_windows=few), chance, *windows)
+        assert asked[-3:] == [(0, few), (1, 348), (2, 348)] and got["leakage_r2"] < -0.1
         assert min(got["probe_nmse"], got["probe_nmse_noise"], got["probe_nmse_decorrelated"]) > 1.1
-        assert got["leakage_r2"] < -0.1
         assert 0.9 < min(got["probe_nmse_mlp"], got["probe_nmse_noise_mlp"]) < 1.3
     of_two = lambda w, chosen: w.actions(chosen) * (w is not windows[2])
     got = masklam.probe(TINY, of_two, *windows)
     assert got["probe_nmse"] < 1e-6 and got["probe_nmse_decorrelated"] == pytest.approx(1, abs=0.1)
 
-def test_the_next_background_is_the_mean_of_what_is_not_truly_agent():
-    """Whatever masks are learnt with."""
+def test_the_next_background_is_the_mean_of_what_is_not_agent():
     video = random_video()
     video.masks[::2] //= 10  # nothing of which is agent
-    windows = Windows(video, masks=255 - video.masks)
+    windows = Windows(video)
     got = masklam.next_background(windows, np.arange(len(windows))).reshape(-1, 3, 4, 4)
     for i in range(len(windows)):
         place = windows.e[i], windows.t[i] + 1, slice(2, 4), slice(4, 6)
@@ -919,10 +969,9 @@ def test_the_next_background_is_the_mean_of_what_is_not_truly_agent():
 def test_a_reference_sees_the_frames_it_may_see(name, late, knows):
     """The action is painted into the frame at which it is taken, or into the next."""
     windows, unseen = (painted_windows(seed, late) for seed in (0, 1))
-    idm = masklam.train_reference(replace(PAINTED, lam_updates=160), windows, name)
-    z, new = (masklam.encode(idm, w, np.arange(len(w)), masklam.REFERENCES[name])
-              for w in (windows, unseen))
-    found = masklam.nmse(masklam.ridge(z, windows.actions())(new), unseen.actions()).mean()
+    every, frames = np.arange(len(windows)), masklam.REFERENCES[name]
+    network = masklam.clone(PAINTED, windows, windows.actions(), every, name, frames, updates=160)
+    found = masklam.nmse(masklam.encode(network, unseen, every, frames), unseen.actions()).mean()
     assert found < 0.2 if knows else found > 0.9
 
 # -- policies ------------------------------------------------------------------------------------
@@ -1036,14 +1085,14 @@ def naive_rollout(config, seed):
     while not terminated and len(frames) <= config.eval_steps:
         stack = np.stack([frames[max(len(frames) - back, 0)] for back in (3, 2, 1)])
         action = pixel_policy(torch.from_numpy(stack)[None])[0].numpy()
-        frame, reward, terminated, _, info = env.step(action * env.action_space.high)
+        frame, reward, terminated, _, info = env.step(action)
         total += reward - info.get("reward_survive", 0)
         frames.append(frame)
     return total, np.stack(frames[:-1])
 
 def test_rollout_equals_a_naive_loop_of_episodes_that_end_early():
     config = replace(SMOKE, task="walker", eval_steps=60, eval_episodes=6)
-    returns, film = masklam.evaluate(config, "x", pixel_policy)
+    returns, film = masklam.rollout(config, pixel_policy, "cpu", "x")
     seeds = [masklam.episode_seed(config, "evaluate", i) for i in range(6)]
     expected, films = zip(*(naive_rollout(config, seed) for seed in seeds))
     lengths = {len(frames) for frames in films}
@@ -1052,69 +1101,52 @@ def test_rollout_equals_a_naive_loop_of_episodes_that_end_early():
     assert film.dtype == np.uint8 and np.array_equal(film, films[0])
 
 @pytest.mark.parametrize("task", ["cheetah", "walker", "humanoid"])
-def test_a_policy_that_replays_the_experts_actions_earns_what_the_expert_earns(task):
+def test_a_policy_that_replays_the_experts_actions_earns_what_the_expert_earns(task, tmp_path):
     config = replace(SMOKE, task=task, eval_episodes=3, eval_steps=20)  # more would be chaotic
-    expert = masklam.load_expert(task)
-    done = [masklam.state_rollout(task, expert, masklam.episode_seed(config, "evaluate", i), 20)[1]
-            for i in range(3)]
+    expert, seeds = masklam.load_expert(task), masklam.evaluation_seeds(config)
+    _, done, rewards = zip(*(masklam.state_rollout(task, expert, seed, 20) for seed in seeds))
     moves = (torch.stack(list(map(torch.from_numpy, step)))
              for step in itertools.zip_longest(*done, fillvalue=done[0][0]))
-    returns, _ = masklam.evaluate(config, "replay", lambda obs: next(moves))
-    (earned, _), (chance, _) = (masklam.evaluate(config, name) for name in ("expert", "random"))
-    np.testing.assert_allclose(returns, earned, rtol=1e-3, atol=1e-3)
-    assert abs(returns - chance).mean() > 1
+    returns, _ = masklam.rollout(config, lambda obs: next(moves), "cpu", "replay")
+    np.testing.assert_allclose(returns, [r.sum() for r in rewards], rtol=1e-3, atol=1e-3)
+    chance, earned = Run(config, tmp_path).scale()
+    assert earned == pytest.approx(returns.mean(), rel=1e-3) and earned - chance > 1
 
 KEYS = ["probe_nmse", "probe_nmse_noise", "probe_nmse_mlp", "probe_nmse_noise_mlp",
         "probe_nmse_decorrelated", "leakage_r2", "latent_use", "return_mean", "return_std",
         "normalized_return", "labels"]
 
-def some_results():
-    rng, rows = np.random.default_rng(0), {}
-    number = lambda key: float(rng.uniform(0.1, 0.9)) * (100 if key.startswith("return") else 1)
-    for i, name in enumerate(("lapo", "masklam", *masklam.CLONES, *masklam.REFERENCES)):
-        known = KEYS[7:-1] if name in masklam.CLONES else KEYS[:-1]
-        known = KEYS[:6] if name in masklam.REFERENCES else known
-        rows[name] = {key: number(key) for key in known} | dict(losses=rng.random(10).tolist())
-        rows[name] |= dict(labels=50 + i) if "return_mean" in known else {}
-    return dict(methods=rows, expert_return=312.4, random_return=-1.25, noise_share=0.6)
-
-def test_the_table_has_every_number_under_its_title():
-    results = some_results()
+def test_the_table_has_every_number_under_its_title(smoke):
+    results = results_of(smoke[0])
     header, *lines = masklam.table(results).splitlines()
     cells = lambda line: [line[at:at + 9].strip() for at in range(15, 15 + 11 * 9, 9)]
     assert cells(header) == ["NMSE", "of noise", "by MLP", "of noise", "rho = 0", "leakage",
                              "use of z", "return", "+-", "0 to 1", "labels"]
-    assert [line[:15].strip() for line in lines[:-1]] == [*results["methods"], "expert", "random"]
-    for line, row in zip(lines, results["methods"].values()):
+    rows = results["methods"] | {name: dict(return_mean=results[f"{name}_return"])
+                                 for name in ("expert", "random")}
+    assert [line[:15].strip() for line in lines[:-1]] == list(rows)
+    for line, row in zip(lines, rows.values()):
         for cell, key in zip(cells(line), KEYS):
             assert (cell == "") == (key not in row)
             if cell:
-                assert float(cell) == pytest.approx(row[key], abs=0.5 if row[key] > 10 else 0.005)
-    assert cells(lines[-3])[7] == "312" and cells(lines[-2])[7] == "-1.25" and "0.60" in lines[-1]
+                most = 0.5 if abs(row[key]) > 10 else 0.005
+                assert float(cell) == pytest.approx(row[key], abs=most)
+    assert f"{results['noise_share']:.2f}" in lines[-1]
 
-def test_the_summary_shows_a_bar_for_every_number_and_what_was_predicted(monkeypatch, tmp_path):
-    results, figures, windows, path = some_results(), [], tiny_windows(), tmp_path / "summary.png"
-    where = windows.e[len(windows) // 3], windows.t[len(windows) // 3] + 1
-    true, mask = windows.video.frames[where] / 255, windows.video.masks[where] / 255
-    fake = SimpleNamespace(idm=torch.Tensor, fdm=lambda obs, z: torch.full((1, 3, 32, 32), 0.1))
-    images, error = masklam.predict_one(windows, fake), 2 * abs(true - 0.6).mean(-1)
-    for image, wanted in zip(images.values(), (true, 0.6 + 0 * true, mask, error)):
-        np.testing.assert_allclose(image, wanted, atol=1e-6)
-    save = masklam.Figure.savefig
+def test_the_summary_shows_a_bar_for_every_number(smoke, monkeypatch, tmp_path):
+    results, figures, save = results_of(smoke[0]), [], masklam.Figure.savefig
     monkeypatch.setattr(masklam.Figure, "savefig", lambda self, *given, **how: figures.append(
         self) or save(self, *given, **how))
-    masklam.plot_summary(results, dict(masklam=images), path)
-    axes = figures[0].axes
-    for key, panel in zip([*KEYS[:4], *KEYS[5:8]], axes):
+    masklam.plot_summary(results, tmp_path / "summary.png")
+    *panels, curves = figures[0].axes
+    for key, panel in zip([*KEYS[:4], *KEYS[5:8]], panels, strict=True):
         labels = [label.get_text() for label in panel.get_xticklabels()]
         heights = {name: bar.get_height() for name, bar in zip(labels, panel.patches)}
         assert panel.get_title() and heights == {
             name: row[key] for name, row in results["methods"].items() if key in row}
-    losses = results["methods"]["masklam"]["losses"]
-    np.testing.assert_array_equal(axes[7].lines[0].get_ydata(), losses)
-    for ax, image in zip(axes[8:], images.values()):
-        np.testing.assert_allclose(ax.images[0].get_array(), image)
-    assert len(axes) == 12 and Image.open(path).width > 1000
+    for row, line in zip(results["methods"].values(), curves.lines):
+        np.testing.assert_array_equal(line.get_ydata(), row.get("losses", []))
+    assert Image.open(tmp_path / "summary.png").width > 1000
 
 def test_the_animation_shows_films_side_by_side_and_the_shorter_stands_still(tmp_path):
     films = [np.zeros((n, 8, 8, 3), np.uint8) for n in (3, 5)]
@@ -1136,8 +1168,9 @@ def test_the_animation_shows_films_side_by_side_and_the_shorter_stands_still(tmp
 SECTIONS = {  # and the stage that an edit of them redoes
     "Config": None, "Video": "record", "Networks": "mask", "Latent action models": "lam",
     "Probes": "probe", "Latent policy": "policy", "Bodies": "record", "Renderer": "record",
-    "Distractors": "record", "Recording": "record", "Masks": "mask", "Evaluation": "evaluate",
-    "Report": "report", "A run": None, "Experts": None}
+    "Distractors": "record", "Recording": "record", "Masks": "mask",
+    "Evaluation": min("scale", "evaluate", key=STAGES.index), "Report": "report", "A run": None,
+    "Experts": None}
 
 def keys(out, config=SMOKE, module=masklam):
     run = module.Run(config, out)
@@ -1153,7 +1186,7 @@ def test_every_field_and_other_files_change_the_keys_of_their_stage_and_later_on
         pictures, tmp_path):
     new = dict(task="hopper", distractor="none", correlation=0.7, backgrounds=str(pictures),
                masks="student", sam_model="vit_l", sam_checkpoint=str(pictures / "readme.txt"),
-               occlude=0.5, background_weight=0.5, idm_widths=(8, 8), fdm_widths=(8, 8), patch=2,
+               background_weight=0.5, idm_widths=(8, 8), fdm_widths=(8, 8), patch=2,
                frame_size=128, lam_lr=0.1, policy_lr=0.1, methods=("masklam",))
     before, kept = keys(tmp_path), {}
     for f in fields(Config):
@@ -1210,43 +1243,43 @@ WRONG = {  # flags, and what the one line that they get must name
     "--seed -1": "seed is -1; allowed: (0, 1000000)", "--seed 1.5": "invalid int value: '1.5'",
     "--distractor mild": "distractor is 'mild'; allowed: ('none', 'low', 'hard')",
     "--correlation nan": "correlation is nan", "--speed 101": "speed is 101.0; allowed: (0, 100)",
-    "--zoom 0": "zoom is 0.0", "--episodes 3": "episodes is 3; allowed: (4, ", "--steps 7": "steps",
-    "--exploration-noise 9.1": "exploration_noise is 9.1", "--frame-size 50": "multiples of 8",
+    "--episodes 3": "episodes is 3; allowed: (4, ", "--frame-size 50": "multiples of 8",
     "--frame-size 24 --masks student": "multiples of 16", "--patch 3": "frame_size is 64",
-    "--masks magic": "masks is 'magic'", "--occlude 1.5": "occlude is 1.5; allowed: (0, 1)",
     "--background-weight 2": "background_weight is 2.0", "--latent-dim 0": "latent_dim is 0",
     "--idm-widths 8 0": "idm_widths is 0", "--fdm-widths": "expected at least one argument",
-    "--lam-lr inf": "lam_lr is inf", "--labels many": "--labels: invalid int", "cheetah": "cheetah",
+    "--lam-lr inf": "lam_lr is inf", "cheetah": "cheetah", "--backgrounds {tmp}/none": "/none",
     "--preset huge": "--preset: invalid choice: 'huge'", "--until dinner": "--until: invalid choi",
     "--epochs 5": "unrecognized arguments: --epochs", "'--no\nflag'": "unrecognized arguments",
-    "--task dog": "--task is 'dog'; allowed: cheetah, hopper", "--task CartPole-v1": "no expert",
+    "--task dog": "--task is 'dog'; allowed: cheetah, hopper", "--task CartPole-v1": "CartPole-v1",
     "--task Nope-v0": "--task is 'Nope-v0'", "--task HalfCheetah-v3": "--task is 'HalfCheetah-v3'",
-    "--backgrounds {tmp}/missing": "four or more videos or pictures (.png",
-    "--backgrounds {tmp}/text": "four or more", "--out {tmp}/text/deeper": "text",
-    "--backgrounds {tmp}/broken": "3.jpg cannot be read", "--out {tmp}/text": "text",
+    "--backgrounds {tmp}/some": "four or more", "--out {tmp}/text/deeper": "text",
+    "--backgrounds {tmp}/broken": "3.mp4 cannot be read", "--out {tmp}/text": "text",
     "--backgrounds {tmp}/empty": "folder has no picture",
     "--task Reacher-v5": "--task Reacher-v5 has no expert: see notebooks"}
 LATE = {  # these are only known once there is a recording
-    "--erode 9": "--erode", "--shift 64": "--shift", "--occlude 1": "--occlude",
     "--eval-steps 1": "evaluate longer", "--methods lapo vae": "'vae' is not one of METHODS",
-    "--masks sam --sam-checkpoint {tmp}/text": "no checkpoint of vit_b in",
-    "--masks sam --sam-checkpoint {tmp}/missing": "missing",
-    "--demonstration-noise 0 --exploration-noise 0": "never change"}
+    "--demonstration-noise 0 --exploration-noise 0": "never change",
+    "--masks sam --sam-checkpoint {tmp}/none": "none"} | {
+        f"--masks sam --sam-checkpoint {{tmp}}/{file}": f"no checkpoint of vit_b in {{tmp}}/{file}"
+        for file in ("text", "cut.pth", "other.pth")}
 
 @pytest.mark.parametrize("line", [*WRONG, *LATE])
 def test_wrong_input_gets_one_line_and_status_two(line, alone, copied, small_registry, capsys):
     (copied / "text").write_text("<html>404")
-    for name, wrong in (("broken", "3.jpg"), ("empty", "folder")):
+    for name in ("broken", "empty", "some"):
         (copied / name).mkdir()
         for i in range(3):
             Image.new("RGB", (20, 20)).save(copied / name / f"{i}.png")
-    (copied / "broken" / "3.jpg").write_bytes(b"<html>404")
+    (copied / "broken" / "3.mp4").write_bytes(b"<html>404")
     (copied / "empty" / "folder").mkdir()
+    torch.save(small_sam(width=32).state_dict(), copied / "other.pth")
+    (copied / "cut.pth").write_bytes((copied / "other.pth").read_bytes()[:100_000])
     before = contents(copied)
-    words = [word.replace("{tmp}", str(copied)) for word in shlex.split(line)]
-    assert masklam.main([*FLAGS, "--out", str(copied), *words]) == 2
+    fill = lambda text: text.replace("{tmp}", str(copied))
+    assert masklam.main([*FLAGS, "--out", str(copied), *map(fill, shlex.split(line))]) == 2
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith("masklam: ") and (WRONG | LATE)[line] in said[0]
+    assert len(said) == 1 and said[0].startswith("masklam: ")
+    assert fill((WRONG | LATE)[line]) in said[0]
     new = contents(copied).keys() - before.keys()
     assert not new if line in WRONG else not [p for p in new if p.name == "results.json"], new
 
@@ -1279,9 +1312,7 @@ def copied(smoke, tmp_path):
 def cached(out):
     return {p: p.stat().st_mtime_ns for p in (out / "cache").rglob("*") if p.is_file()}
 
-PROBED = {"probe_nmse", "probe_nmse_per_dimension", "probe_nmse_noise", "probe_nmse_decorrelated",
-          "probe_nmse_mlp", "probe_nmse_noise_mlp", "leakage_r2"}
-RETURNED = {"return_mean", "return_std", "return_n", "normalized_return", "action_nmse", "labels"}
+PROBED, RETURNED = {*KEYS[:6], "probe_nmse_per_dimension"}, {*KEYS[7:], "return_n", "action_nmse"}
 LEARNT = PROBED | {"losses", "latent_use"}
 
 def test_a_run_prints_the_table_and_writes_every_file(smoke):
@@ -1295,11 +1326,12 @@ def test_a_run_prints_the_table_and_writes_every_file(smoke):
                             "mask_iou", "random_return", "expert_return", "methods", "noise_share",
                             "seconds"}
     assert said.startswith(masklam.table(results)) and 0 < results["noise_share"] < 1
-    assert results["mask_iou"] == dict(training=1, heldout=1, decorrelated=1)
+    assert results["mask_iou"] == dict.fromkeys(SPLITS[:3], 1)
     for row in (rows["masklam"], rows["oracle"]):
         assert row["normalized_return"] == pytest.approx((row["return_mean"] - low) / (high - low))
     assert [rows[name]["labels"] for name in ("masklam", *masklam.CLONES)] == [20, 20, 2 * 19]
-    assert set(results["seconds"]) == set(STAGES[:-1]) and results["seconds"]["record"] > 0
+    assert {key.split("-")[0] for key in results["seconds"]} == set(STAGES[:-1])
+    assert results["seconds"]["record-all"] > 0 and "lam-masklam" in results["seconds"]
     with Image.open(folder / "rollouts.gif") as animation:
         assert animation.info["duration"] == 100  # as long as an action lasts
     files = [str(folder / name) for name in ("results.json", "rollouts.gif", "summary.png")]
@@ -1308,7 +1340,7 @@ def test_a_run_prints_the_table_and_writes_every_file(smoke):
 
 def test_a_folders_name_says_what_was_given_and_is_no_default():
     name = lambda line: masklam.parse(shlex.split(line))[2]
-    assert name("") == name("--latent-dim 64 --preset laptop --until report") == "cheetah"
+    assert name("") == name("--batch-size 64 --preset laptop --until report") == "cheetah"
     assert name("--task hopper --latent-dim 16 --until lam") == "hopper_latent-dim=16_until=lam"
     assert name("--preset smoke --steps 40 --labels 90") == "cheetah_preset=smoke_labels=90"
     assert name("--backgrounds a/b --out c") == "cheetah_backgrounds=a-b"
@@ -1323,7 +1355,7 @@ def test_a_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(copi
     assert {p: after[p] for p in before} == before
     assert {p.name[:-16] for p in after.keys() - before.keys()} == {
         *(f"decode-{name}" for name in decoded),
-        *(f"evaluate-{name}" for name in (*decoded, "expert", "random"))}
+        *(f"evaluate-{name}" for name in decoded), "scale-all"}
     assert results_of(copied) == first and results_of(copied, "--labels", "30") != first
 
 @pytest.mark.parametrize("until, rows, redone", [
@@ -1333,27 +1365,18 @@ def test_a_second_run_reuses_and_a_changed_flag_redoes_only_what_it_touches(copi
      {"lam", "probe"})])
 def test_until_ends_with_the_numbers_there_are_in_a_folder_of_their_own(
         until, rows, redone, copied, alone):
-    """With worse masks, which change masklam's numbers alone."""
+    """With another weight of the background, which changes masklam's numbers alone."""
     before, first = cached(copied), results_of(copied)
-    flags = "--until", until, "--dilate", "1"
+    flags = "--until", until, "--background-weight", "0.5"
     assert masklam.main([*FLAGS, "--out", str(copied), *flags]) == 0
     results = results_of(copied, *flags)
     assert {name: set(row) for name, row in results["methods"].items()} == rows
     assert "expert_return" not in results and results_of(copied) == first
     assert {p.name.split("-")[0] for p in cached(copied).keys() - before.keys()} == redone
-    if until != "record":
-        assert all(0.3 < iou < 0.8 for iou in results["mask_iou"].values())
     for key in set.intersection(*rows.values()) if until == "probe" else ():
         assert results["methods"]["lapo"][key] == first["methods"]["lapo"][key]
         assert results["methods"]["masklam"][key] != first["methods"]["masklam"][key] or (
             key == "leakage_r2")
-
-def test_one_process_gives_the_numbers_of_workers(smoke, tmp_path):
-    results, first = Run(TINY, tmp_path).execute(tmp_path / "mine"), results_of(smoke[0])
-    results = json.loads((tmp_path / "mine" / "results.json").read_text())
-    assert results | {"seconds": 0} == first | {"seconds": 0}
-    frames = [next(out.glob("cache/record-*/training/frames.npy")) for out in (tmp_path, smoke[0])]
-    assert frames[0].read_bytes() == frames[1].read_bytes()
 
 def test_networks_that_the_script_has_kept_are_loaded_elsewhere(copied):
     run, before, row = Run(TINY, copied), cached(copied), results_of(copied)["methods"]["masklam"]
@@ -1362,6 +1385,8 @@ def test_networks_that_the_script_has_kept_are_loaded_elsewhere(copied):
     assert masklam.latent_use(lam, windows) == pytest.approx(row["latent_use"], abs=1e-5)
     error = masklam.action_nmse(run.decode("masklam"), windows)
     assert error == pytest.approx(row["action_nmse"], rel=1e-3) and cached(copied) == before
+    sent = pickle.dumps(run)  # without its videos
+    assert len(sent) < 5000 and pickle.loads(sent).path("lam", "x") == run.path("lam", "x")
 
 @pytest.mark.parametrize("flags, limit", [
     ("--seed 1", 500_000), ("--masks student --student-updates 1", 300_000),
@@ -1378,7 +1403,7 @@ def test_a_full_disk_gets_one_line_and_leaves_no_half_file(flags, limit, copied,
     assert status == 2 and len(said) == 1 and said[0].startswith("masklam: "), said
     after = contents(copied)
     assert {path: after.get(path) for path in before} == before
-    assert not [p for p in after.keys() - before.keys() if not p.name.startswith("evaluate-")]
+    assert not [p for p in after.keys() - before.keys() if not p.name.startswith("scale-")]
 
 def wait_for(condition, seconds=60):
     deadline = time.monotonic() + seconds
@@ -1411,3 +1436,50 @@ def test_two_runs_at_once_end_with_equal_numbers(smoke, tmp_path):
     assert all(text.startswith(table) and errors == "" for text, errors in said)
     assert results_of(tmp_path)["methods"] == results_of(smoke[0])["methods"]
     assert not [p for p in tmp_path.rglob("*") if p.suffix in (".tmp", ".partial")]
+
+def learn(path):
+    """Train three networks on a video, some of whose frames show no agent."""
+    config, windows = replace(TINY, frame_size=32, lam_updates=20), tiny_windows()
+    windows.masks[::2], every = 0, np.arange(len(windows))
+    lams = [masklam.train_lam(config, windows, method) for method in METHODS]
+    policy = masklam.clone(config, windows, windows.actions(), every, "policy", updates=20)
+    masklam.save(path, torch.cat([weights(network) for network in (*lams, policy)]))
+
+def torchrun(folder, preparation, *flags):
+    """Two processes prepare and run main -> what they said."""
+    (folder / "both.py").write_text(f"""import contextlib, os, sys, masklam, test_masklam
+if __name__ == "__main__":
+    masklam.autocast = lambda _: contextlib.nullcontext()
+    {preparation}
+    sys.exit(masklam.main(sys.argv[1:]))""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return subprocess.run([*command, folder / "both.py", *flags], env=os.environ | {
+        "PYTHONPATH": str(HERE), "CUDA_VISIBLE_DEVICES": ""}, text=True, capture_output=True,
+                          timeout=300)
+
+def test_two_processes_train_what_one_would(smoke, tmp_path, monkeypatch):
+    """In float32; and a whole run is that of one process but for its rounding."""
+    done = torchrun(tmp_path, f"""masklam.dist.init_process_group()
+    test_masklam.learn(masklam.Path("{tmp_path}", os.environ["RANK"]))
+    masklam.dist.init_process_group = lambda **_: None""", *FLAGS, "--out", tmp_path)
+    assert done.returncode == 0 and done.stdout.count("files:") == 1, done.stderr
+    monkeypatch.setattr(masklam, "autocast", lambda _: contextlib.nullcontext())
+    learn(tmp_path / "alone")
+    both = [masklam.load(tmp_path / rank) for rank in "01"]
+    assert torch.equal(*both)
+    torch.testing.assert_close(both[0], masklam.load(tmp_path / "alone"), rtol=0, atol=1e-5)
+    got, first = results_of(tmp_path), results_of(smoke[0])
+    assert all(got[key] == first[key] for key in got if key not in ("methods", "seconds", "device"))
+    for name, row in first["methods"].items():
+        for key in row.keys() & {"losses", "probe_nmse_mlp", "action_nmse", "labels"}:
+            assert got["methods"][name][key] == pytest.approx(row[key], rel=0.1), (name, key)
+
+@pytest.mark.parametrize("flags, words", [
+    ("--batch-size 7", "batch_size is 7; allowed: multiples of 2"),
+    ("--until lam --lam-lr 1e-3", "it fails")])
+def test_processes_that_cannot_train_together_end_together(flags, words, copied):
+    """Where one process fails alone, another waits for its part of the batch."""
+    done = torchrun(copied, """def fail(*_): raise masklam.UserError("it fails")
+    if os.environ["RANK"] == "1": masklam.train_lam = fail""", *FLAGS, "--out", copied,
+                    *flags.split())
+    assert done.returncode and f"masklam: {words}" in done.stderr
