@@ -1067,6 +1067,10 @@ class Footage(Backdrop):
         mirrored = np.pad(frame, ((0, self.size), (0, self.size), (0, 0)), "symmetric")
         return np.roll(mirrored, -self.position[0].astype(int), (0, 1))[:self.size, :self.size]
 
+def backdrop(files):
+    """The class of what moves behind the agent."""
+    return Footage if files else Backdrop
+
 def footage(folder: str, split: str) -> tuple:
     """What a split shows of a folder: half of its films are for training, a quarter for both ways
     of probing, a quarter for evaluation."""
@@ -1090,9 +1094,8 @@ class Distractors(gym.Wrapper):
         super().__init__(env)
         self.level, self.size = level, size
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, *self.action_space.shape))
-        kind = Footage if files else Backdrop
-        tied = tied or kind.tie(uniform, 0)
-        self.new_backdrop = lambda rng: kind(rng, tied, correlation, speed, size, files)
+        tied = tied or backdrop(files).tie(uniform, 0)
+        self.new_backdrop = lambda rng: backdrop(files)(rng, tied, correlation, speed, size, files)
         self.renderer = AgentRenderer(env.unwrapped.model, camera, size)
         self.limit = np.array([9, 9, 9, 0.05]) * (level == "hard")  # of the camera's walk
         self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
@@ -1159,8 +1162,7 @@ def tied_background(config):
     expert = load_expert(config.task)
     actions = [state_rollout(config.task, expert, i, config.steps, noise_scale(config, i, i),
                              restart=i % 2)[1] for i in range(20)]
-    kind = Footage if config.backgrounds else Backdrop
-    return kind.tie(np.concatenate(actions), config.seed)
+    return backdrop(config.backgrounds).tie(np.concatenate(actions), config.seed)
 
 def make_env(config, split="training"):
     """The task's environment with the distractors of a split: footage of its own, and in
