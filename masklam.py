@@ -197,7 +197,8 @@ def progress(items, text, total, done=0):
 
 # ==== 3. Video [record] ===========================================================================
 # In: episodes in arrays. Out: index arithmetic that cuts training windows from them. Everything
-# that learns learns from here, whether the video was recorded (section 11) or is one's own.
+# that learns learns from here, whether the video was recorded (section 11) or is one's own, which
+# is read from pictures and films here.
 @dataclass
 class Video:
     """Episodes of an agent on film: frames[e, t] is what it sees when it chooses actions[e, t].
@@ -1724,8 +1725,8 @@ def main(argv=None):
             dist.destroy_process_group()
 
 # ==== 16. Experts =================================================================================
-# Found by augmented random search (arXiv 1803.07055, notebook 7): one small matrix each, a linear
-# policy, which a servo makes enough to walk. Nothing else here is trained on states.
+# Found by augmented random search (arXiv 1803.07055, notebook 7; the humanoid's from a gait): a small
+# matrix each, a linear policy, which a servo makes enough to walk. Nothing else is trained on states.
 EXPERTS = {
     "cheetah": "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg"
         "{{7xZN_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)"

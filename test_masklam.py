@@ -1169,8 +1169,7 @@ SECTIONS = {  # and the stage that an edit of them redoes
     "Config": None, "Video": "record", "Networks": "mask", "Latent action models": "lam",
     "Probes": "probe", "Latent policy": "policy", "Bodies": "record", "Renderer": "record",
     "Distractors": "record", "Recording": "record", "Masks": "mask",
-    "Evaluation": min("scale", "evaluate", key=STAGES.index), "Report": "report", "A run": None,
-    "Experts": None}
+    "Evaluation": "evaluate", "Report": "report", "A run": None, "Experts": None}
 
 def keys(out, config=SMOKE, module=masklam):
     run = module.Run(config, out)
