@@ -1725,8 +1725,9 @@ def main(argv=None):
             dist.destroy_process_group()
 
 # ==== 16. Experts =================================================================================
-# Found by augmented random search (arXiv 1803.07055, notebook 7; the humanoid's from a gait): a small
-# matrix each, a linear policy, which a servo makes enough to walk. Nothing else is trained on states.
+# Found by augmented random search (arXiv 1803.07055, notebook 7), the humanoid's from a gait: a
+# small matrix each, a linear policy, which a servo makes enough to walk. Nothing else here is
+# trained on states.
 EXPERTS = {
     "cheetah": "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg"
         "{{7xZN_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)"
