@@ -87,11 +87,11 @@ class Config:
     seed: int = option("record", 0, "of bodies, backgrounds, networks and batches", 0, 10**6)
     distractor: str = option("record", "low", "what else moves", "none", "low", "hard")
     correlation: float = option("record", 0.5, "of background and action (rho)", 0, 1)
-    speed: float = option("record", 5.0, "of the background, pixels a step", 0, 100)
+    speed: float = option("record", 10.0, "of the background, pixels a step", 0, 100)
     backgrounds: str = option("record", "", "folder of pictures and videos to show")
-    episodes: int = option("record", 500, "recorded for training", 4, 250_000)
-    heldout_episodes: int = option("record", 60, "recorded for probing only", 2, 250_000)
-    steps: int = option("record", 100, "per recorded episode", 8, 1000)
+    episodes: int = option("record", 1000, "recorded for training", 4, 250_000)
+    heldout_episodes: int = option("record", 120, "recorded for probing only", 2, 250_000)
+    steps: int = option("record", 50, "per recorded episode", 8, 1000)
     demonstration_noise: float = option("record", 0.1, "at most, in every other episode", 0, 9)
     exploration_noise: float = option("record", 1.2, "in the others; actions reach 1", 0, 9)
     frame_size: int = option("record", 64, "height and width in pixels", 16, 512)
@@ -103,7 +103,7 @@ class Config:
     student_updates: int = option("mask", 600, "optimiser steps", 1, 10**8)
 
     background_weight: float = option("lam", 0.0, "b of masklam's loss; lapo is b = 1", 0, 1)
-    latent_dim: int = option("lam", 64, "numbers in a latent action", 1, 8192)
+    latent_dim: int = option("lam", 128, "numbers in a latent action", 1, 8192)
     offset: int = option("lam", 1, "K: how far ahead the future stack may lie", 1, 100)
     patch: int = option("lam", 4, "pixels folded into channels; 1: IMPALA", 1, 64)
     idm_widths: tuple[int, ...] = option("lam", (48, 96), "channels of its stages", 1, 4096)
@@ -118,7 +118,7 @@ class Config:
     probe_updates: int = option("probe", 2500, "optimiser steps of the MLP probe", 1, 10**8)
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("decode", 1000, "labelled transitions, about ten episodes", 10, 10**8)
+    labels: int = option("decode", 1000, "labelled transitions, of whole episodes", 10, 10**8)
     decoder_updates: int = option("decode", 1000, "at most, of the decoder", 1, 10**8)
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
     eval_steps: int = option("evaluate", 500, "per evaluation episode", 1, 10**5)
@@ -143,7 +143,7 @@ PRESETS = {
                      probe_updates=500, policy_updates=400, decoder_updates=300, eval_episodes=4,
                      eval_steps=200),
     "laptop": {},  # Config's defaults
-    "paper": dict(latent_dim=128, offset=9, patch=1, idm_widths=(64, 128, 128), blocks=2, hidden=0,
+    "paper": dict(offset=9, patch=1, idm_widths=(64, 128, 128), blocks=2, hidden=0,
                   fdm_widths=(96, 192, 192), batch_size=512, lam_lr=6e-4, policy_lr=4e-4,
                   episodes=5000, steps=1000, keyframes=512, lam_updates=35_156,
                   policy_updates=35_156, decoder_updates=25_000, labels=128_000),
@@ -196,9 +196,8 @@ def progress(items, text, total, done=0):
                 position=int(number) - 1)
 
 # ==== 3. Video [record] ===========================================================================
-# In: episodes in arrays. Out: index arithmetic that cuts training windows from them. Everything
-# that learns learns from here, whether the video was recorded (section 11) or is one's own, which
-# is read from pictures and films here.
+# In: episodes in arrays, recorded (section 11) or read here from one's own pictures and films.
+# Out: index arithmetic that cuts training windows from them, for everything that learns.
 @dataclass
 class Video:
     """Episodes of an agent on film: frames[e, t] is what it sees when it chooses actions[e, t].
@@ -252,6 +251,8 @@ class Windows:
         start = np.zeros(video.masks.shape[:2], int) if video.start is None else video.start
         self.e, self.t = np.nonzero(video.valid[:, 1:] & (start[:, 1:] == start[:, :-1]))
         require(len(self.e), "no episode has two frames, so there is nothing to learn from")
+        require((video.masks[:50] >= 128).mean() > 1e-3, "the masks are empty: not a pixel of a "
+                "thousand is of an agent (with --masks sam or student: try more --keyframes)")
         self.first = start[self.e, self.t]
         stretch = self.e * self.T + self.first  # ascends
         self.last = self.t[np.searchsorted(stretch, stretch, "right") - 1] + 1
@@ -343,9 +344,8 @@ def read_film(path, side, limit=None):
     return np.stack(film)
 
 def read_clips(folder, side) -> Video:
-    """Video of one's own: every film, or folder of pictures, in a folder is a clip. Its masks, if
-    there are any, are pictures in masks/<its name>, black but for the agent; a clip without masks
-    is agent all over."""
+    """Video of one's own: every film, or folder of pictures, in a folder is a clip. Pictures in
+    masks/<its name>, black but for the agent, are its masks; without them it is agent all over."""
     clips = [p for p in list_films(folder) if p.name != "masks"]
     require(clips, f"{folder} has no clips: films, or folders of pictures")
     films = [read_film(path, side) for path in clips]
@@ -404,7 +404,8 @@ class ResidualBlock(nn.Sequential):
 
 class Encoder(nn.Module):
     """Folded frames (B, channels, h, w) -> a map for every width, finest first. Patch 1 is IMPALA's
-    (arXiv 1802.01561). Larger patches are for CPUs: the first stage is a mere matrix product."""
+    (arXiv 1802.01561). Larger patches are for CPUs: with kernel 1 the first stage is a mere matrix
+    product."""
 
     def __init__(self, channels, widths, patch, blocks=0, kernel=1):
         super().__init__()
@@ -458,8 +459,7 @@ def map_stride(config, widths):
     return config.patch * 2 ** (len(widths) - (config.patch > 1))
 
 class FrameEncoder(nn.Module):
-    """Reads numbers from frames, (B, frames, H, W, 3) u8 -> (B, outputs): the IDM (6 frames -> Z)
-    and the policy (3 -> Z or A)."""
+    """Reads frames, (B, n, H, W, 3) u8 -> (B, outputs): the IDM, of n = 6, and policies, of 3."""
 
     def __init__(self, config, frames, outputs):
         super().__init__()
@@ -473,8 +473,7 @@ class FrameEncoder(nn.Module):
         return self.head(last.flatten(1))
 
 class FDM(nn.Module):
-    """Predicts the next frame: obs (B, 3, H, W, 3) u8, a latent action (B, Z) -> (B, 3, H, W);
-    with patch 1 the frame itself, as the authors' does, else its change."""
+    """Predicts the next frame: obs (B, 3, H, W, 3) u8, z (B, Z) -> (B, 3, H, W) in [-0.5, 0.5]."""
 
     def __init__(self, config):
         super().__init__()
@@ -490,9 +489,7 @@ class FDM(nn.Module):
         action = self.latent(z).unflatten(1, last.shape[1:])  # Z -> (width, h, w)
         merged = self.merge(torch.cat([last, action], 1))  # (B, 2 width, h, w) -> (B, width, h, w)
         decoded = self.decoder([*maps, F.relu(merged)])  # (B, 3 patch^2, H / patch, W / patch)
-        if self.patch == 1:
-            return torch.tanh(decoded) / 2
-        return to_float(obs[:, -1:]) + F.pixel_shuffle(decoded, self.patch)
+        return torch.tanh(F.pixel_shuffle(decoded, self.patch)) / 2
 
 def train(network, compute_loss, updates, lr, text, checkpoint=None):
     """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
@@ -500,7 +497,8 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
     compute_loss(step) draws its batch from `step` alone, so that a run that goes on from
     `checkpoint` (a path; written twice a minute) gives the numbers of one that never stopped. Where
     several ranks train together, each computes it on its share of the batch.
-    Yields (step, mean loss since the last) ten times; UserError where a loss is not finite."""
+    Yields (step, mean loss since the last) every tenth of the way; UserError where a loss is not
+    finite."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99), fused=True)
     start, history, every, saved_at = 0, [], max(1, updates // 10), time.monotonic()
     total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
@@ -546,8 +544,8 @@ def masked_mse(prediction, target, mask, background_weight=0.0, count=torch.sum)
 
     prediction, target (B, C, H, W); mask (B, 1, H, W) in [0, 1], 1 = agent. Every pixel weighs
     w = mask + background_weight (1 - mask), and the result is sum(w error^2) / (C sum(w)).
-    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask. count adds
-    up w, over all GPUs where several share a batch: an average of ratios would be another loss."""
+    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask. count sums
+    w; where several GPUs share a batch, their mean sum, as a mean of ratios is another loss."""
     if background_weight == 1:
         return F.mse_loss(prediction, target)
     weight = mask + background_weight * (1 - mask)
@@ -576,7 +574,7 @@ METHODS = {
 }
 
 def train_lam(config, windows, method, checkpoint=None):
-    """Train a method on windows -> a LAM, with `losses`, ten points of its training curve."""
+    """Train a method on windows -> a LAM, with `losses`, its training curve in tenths."""
     require(method in METHODS, f"{method!r} is not one of METHODS: {', '.join(METHODS)}")
     torch.manual_seed(config.seed)
     lam = METHODS[method](config).to(windows.device, memory_format=torch.channels_last)
@@ -719,8 +717,8 @@ def probe(config, read, training: Windows, heldout: Windows, decorrelated: Windo
 # actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
 # few labels. Both are regressions; so are oracle and labels-only, clones of true actions.
 CLONES = ("labels-only", "oracle")  # policies cloned from true actions: the labelled ones, all
-# References bound a latent from both sides. Both learn true actions and their noise: one from all
-# frames that an IDM sees, one from those before the action, which tell no noise.
+# References bound a latent from both sides. Both learn true actions: one from all frames that an
+# IDM sees, one from those before the action, which tell no noise.
 REFERENCES = {"past-only": 3, "supervised-idm": 6}  # frames
 
 def labelled_windows(config, windows: Windows) -> np.ndarray:
@@ -771,8 +769,7 @@ def action_nmse(policy, windows) -> float:
 # ==== 8. Bodies [record] ==========================================================================
 # A task is a Gymnasium MuJoCo environment and a camera. Bodies are driven by position servos, as
 # legged robots are: an action names an angle for every joint and a fast loop inside the simulator
-# holds it. So an action can last long enough to be seen in two frames, and a policy that sees only
-# frames can still balance.
+# holds it. So an action can be seen in two frames, and a policy that sees only frames can balance.
 @dataclass(frozen=True)
 class Task:
     env_id: str
@@ -848,11 +845,10 @@ def bare_env(name: str):
 state_env = functools.cache(bare_env)  # a process needs only one of each
 
 def load_expert(task: str) -> np.ndarray:
-    """A task's linear policy (A, 1 + S) f64, bias and weights, from its literal: float16, low bytes
-    first, deflated, in base 85."""
+    """A task's linear policy (A, 1 + S) f64, bias and weights, from its literal."""
     require(task in EXPERTS, f"--task {task} has no expert: see notebooks/07_experts.ipynb")
     planes = np.frombuffer(zlib.decompress(base64.b85decode(EXPERTS[task])), np.uint8)
-    numbers = planes.reshape(2, -1).T.copy().view(np.float16).astype(float)
+    numbers = planes.reshape(2, -1).T.copy().view(np.float16).astype(float)  # low bytes came first
     return numbers.reshape(*state_env(task).action_space.shape, -1)
 
 def expert_input(task: str, state: np.ndarray, t: int) -> np.ndarray:
@@ -872,18 +868,19 @@ def moving_reward(reward: float, info: dict) -> float:
     """What the environment pays for moving: its reward without the bonus for being alive."""
     return reward - info.get("reward_survive", 0.0)
 
-def play(env, task, expert, rng, seed, steps, noise=0.0, restart=False):
+def play(env, task, expert, seed, purpose, steps, noise=0.0, restart=False):
     """Drive an environment by an expert, disturbed by Gaussian noise, or at random (None), until
     the body falls; with restart it starts anew. Yields of every step (start, observation, info,
-    what the expert saw, its action (A,), the executed action (A,), the reward for moving)."""
-    start, A, (observation, info) = 0, len(env.action_space.low), env.reset(seed=seed)
+    the expert's action (A,), what it saw, the executed action (A,), the reward for moving)."""
+    rng, start, A = generator(seed, purpose), 0, len(env.action_space.low)
+    observation, info = env.reset(seed=seed)
     for t in range(steps):
         seen = expert_input(task, info.get("state", observation), t - start)
         disturbance = noise * rng.standard_normal(A)
         intended = rng.uniform(-1, 1, A) if expert is None else expert_action(expert, seen)
         action = np.float32((intended + disturbance).clip(-1, 1))
         following, reward, terminated, _, after = env.step(action)
-        yield start, observation, info, seen, intended, action, moving_reward(reward, after)
+        yield start, observation, info, intended, seen, action, moving_reward(reward, after)
         if terminated and not restart:
             break
         observation, info = following, after
@@ -891,12 +888,9 @@ def play(env, task, expert, rng, seed, steps, noise=0.0, restart=False):
             start, (observation, info) = t + 1, env.reset()
 
 def state_rollout(task, expert, seed, steps, noise=0.0, restart=False):
-    """`play` without pixels -> states (n, S) as the expert sees them, executed actions (n, A) and
-    rewards for moving (n,)."""
-    episode = play(state_env(task), task, expert, generator(seed, "rollout"), seed, steps, noise,
-                   restart)
-    return tuple(map(np.stack, zip(*[(seen, action, reward)
-                                     for *_, seen, _, action, reward in episode])))
+    """`play` without pixels -> what the expert saw (n, S), actions (n, A) and rewards (n,)."""
+    episode = play(state_env(task), task, expert, seed, "rollout", steps, noise, restart)
+    return tuple(map(np.stack, zip(*(step[-3:] for step in episode))))
 
 # ==== 9. Renderer [record] ========================================================================
 # In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is the
@@ -969,8 +963,7 @@ class AgentRenderer:
 # the agent moves too, partly following its actions. Stationary or smooth backgrounds are easy: what
 # ruins a latent action is many sharp edges that move independently.
 class Backdrop:
-    """What moves behind the agent: two scrolling textures and 12 two-coloured sprites, each with a
-    velocity of its own.
+    """What moves behind an agent: two textures that scroll and twelve two-coloured sprites.
 
     In pixels a step, v = speed * (rho * P (a - mean) + sqrt(1 - rho^2) * u), with a the executed
     action scaled to [-1, 1], P (D, A) and mean (A,) from `tie`, so that P (a - mean) has unit
@@ -980,7 +973,7 @@ class Backdrop:
     D = 2 * (TEXTURES + SPRITES)  # velocities: of sprites down and right, of textures up and left
     BRIGHTEST = (128, 256, 256)  # upper ends of red, green, blue: cool, as the agents are warm
 
-    def __init__(self, rng, tied, correlation=0.5, speed=5.0, size=64, files=()):
+    def __init__(self, rng, tied, correlation=0.5, speed=10.0, size=64, files=()):
         self.rng, self.correlation, self.speed = rng, correlation, speed
         self.projection, self.mean = tied
         self.size, self.files = size, files
@@ -1090,10 +1083,10 @@ class Distractors(gym.Wrapper):
     info: "state" the wrapped observation, "mask" (size, size) u8 the agent's alpha, "distractor"
         (D,) f32 the background's velocities, pixels a step, "action" (A,) f32 as executed."""
 
-    def __init__(self, env, level="low", correlation=0.5, speed=5.0, camera=None, size=64,
+    def __init__(self, env, level="low", correlation=0.5, speed=10.0, camera=None, size=64,
                  tied=None, files=()):
         super().__init__(env)
-        self.level, self.size = level, size
+        self.level = level
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, *self.action_space.shape))
         tied = tied or backdrop(files).tie(uniform, 0)
         self.new_backdrop = lambda rng: backdrop(files)(rng, tied, correlation, speed, size, files)
@@ -1128,8 +1121,8 @@ class Distractors(gym.Wrapper):
         behind = np.uint8((70, 105, 140)) if self.level == "none" else self.backdrop.draw()
         weighted = behind * (255 - alpha.astype(np.uint16))[..., None]
         self.frame = rgb + ((weighted + 128) // 255).astype(np.uint8)
-        seen = {"state": state, "mask": alpha, "action": executed}
-        return self.frame, info | seen | {"distractor": self.backdrop.velocity.copy()}
+        seen = dict(state=state, mask=alpha, action=executed)
+        return self.frame, info | seen | dict(distractor=self.backdrop.velocity.copy())
 
     def render(self):
         return self.frame
@@ -1181,9 +1174,8 @@ def record_episode(config, folder, split, index):
     env, video = cached_env(config, split), Video.open(folder / split, "r+")
     seed, expert = episode_seed(config, split, index), load_expert(config.task)
     scale, means = noise_scale(config, index, seed), np.zeros(video.actions.shape[1:])
-    episode = play(env, config.task, expert, generator(seed, "act"), seed, config.steps, scale,
-                   restart=index % 2)
-    for t, (start, frame, info, _, intended, action, reward) in enumerate(episode):
+    episode = play(env, config.task, expert, seed, "act", config.steps, scale, index % 2)
+    for t, (start, frame, info, intended, _, action, reward) in enumerate(episode):
         video.frames[index, t], video.masks[index, t] = frame, info["mask"]
         video.states[index, t], video.start[index, t] = info["state"], start
         video.actions[index, t], video.rewards[index, t], means[t] = action, reward, intended
@@ -1193,6 +1185,7 @@ def record_episode(config, folder, split, index):
 
 def create_array(path, shape, kind):
     """Zeros on disk, mapped. They take their room now, as later a full disk could not be told."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, np.broadcast_to(np.zeros(shape[1:], kind), shape))
     return np.load(path, "r+")
 
@@ -1201,27 +1194,23 @@ def record(config, folder, pmap=itertools.starmap):
     where an earlier call was stopped. pmap: `starmap`, or one that works in parallel."""
     env, T, H = state_env(config.task), config.steps, config.frame_size
     A, S = len(load_expert(config.task)), *env.observation_space.shape
-    u8, f32, i64 = np.uint8, np.float32, np.int64
-    arrays = dict(frames=(u8, T, H, H, 3), masks=(u8, T, H, H), length=(i64,), actions=(f32, T, A),
-                  expected=(f32, T, A), rewards=(f32, T), states=(f32, T, S), demonstration=(bool,),
-                  start=(i64, T))
+    arrays = dict(frames=("uint8", T, H, H, 3), masks=("uint8", T, H, H), length=("int64",),
+                  actions=("float32", T, A), expected=("float32", T, A), rewards=("float32", T),
+                  states=("float32", T, S), demonstration=("bool",), start=("int64", T))
     sizes = dict.fromkeys(SPLITS[:3], config.heldout_episodes) | dict(training=config.episodes)
     if not folder.exists():
         with written_whole(folder) as temporary:
             for split, (name, (kind, *shape)) in itertools.product(sizes, arrays.items()):
-                (temporary / split).mkdir(parents=True, exist_ok=True)
                 create_array(temporary / split / f"{name}.npy", (sizes[split], *shape), kind)
 
     jobs = [(config, folder, split, index) for split in sizes
             for index in np.flatnonzero(Video.open(folder / split).length == 0).tolist()]
-    for _ in progress(pmap(record_episode, jobs), "episodes recorded", len(jobs)):
-        pass
+    list(progress(pmap(record_episode, jobs), "episodes recorded", len(jobs)))
 
 # ==== 12. Masks [mask] ============================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
 # --masks sam the segmentation model SAM (arXiv 2304.02643) is clicked on the agent in a few
-# keyframes; a student learns from what it finds to mask every frame. With --masks student the
-# simulator does SAM's part.
+# keyframes; a student learns from what it finds to mask every frame.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {  # official checkpoints and their SHA-256 (what their names end in is of their MD5)
     "vit_b": ("sam_vit_b_01ec64.pth",
@@ -1305,8 +1294,7 @@ def train_student(config, frames: np.ndarray, masks: np.ndarray, device):
         # Without the cross entropy a student may find nothing anywhere, where gradients vanish.
         return F.binary_cross_entropy_with_logits(logits, true) + 1 - soft_iou
 
-    for _ in train(student, loss, config.student_updates, 3e-3, "student"):
-        pass
+    list(train(student, loss, config.student_updates, 3e-3, "student"))
     return student.eval()
 
 def teach_student(config, training: Video, device):
@@ -1325,12 +1313,10 @@ def teach_student(config, training: Video, device):
 @torch.no_grad()
 def student_masks(student, frames: np.ndarray) -> np.ndarray:
     """The student's soft masks (n, H, W) u8 of frames (n, H, W, 3) u8."""
-    device, masks = next(student.parameters()).device, []
-    for part in torch.from_numpy(frames).split(128):
-        with autocast(device):
-            logits = student(to_float(part[:, None].to(device)))
-        masks.append((255 * logits[:, 0].float().sigmoid()).round().byte().cpu().numpy())
-    return np.concatenate(masks)
+    device, parts = next(student.parameters()).device, torch.from_numpy(frames).split(128)
+    with autocast(device):
+        logits = [student(to_float(part[:, None].to(device)))[:, 0].float() for part in parts]
+    return (255 * torch.cat(logits).sigmoid()).round().byte().cpu().numpy()
 
 def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
@@ -1388,12 +1374,11 @@ def brief(value) -> str:
 
 def table(results: dict) -> str:
     """The results as lines of text."""
+    rows = results["methods"] | {name: dict(return_mean=results[f"{name}_return"])
+                                 for name in ("expert", "random") if f"{name}_return" in results}
     lines = [" " * 15 + "".join(f"{title:>9}" for title, _ in COLUMNS.values())]
-    for name, row in results["methods"].items():
+    for name, row in rows.items():
         lines.append(f"{name:15}" + "".join(f"{brief(row.get(key)):>9}" for key in COLUMNS))
-    for name in ("expert", "random"):
-        if name + "_return" in results:
-            lines.append(f"{name:15}{brief(results[name + '_return']):>72}")
     return "\n".join([*lines, f"noise is {results['noise_share']:.2f} of the actions' variance"])
 
 def plot_summary(results, path):
@@ -1429,12 +1414,12 @@ def save_animation(films, path, seconds, scale=3):
 # ==== 15. A run ===================================================================================
 # In: the command line. Out: a folder of results. A `Run` is a lazy chain: each stage is a method
 # that keeps its result on disk, and asks the stages before it for what it needs. The name of its
-# file holds a digest of all that it depends on: the config fields of this stage and those before
-# it, the source of the sections and of the methods of `Run` that bear these stages' names, the task
-# and its expert, the files that were named, and the libraries. So nothing stale is ever reused.
+# file holds a digest of what it depends on: the config fields of this stage and those before it,
+# the source of the sections and of the methods of `Run` that bear these stages' names, the task and
+# its expert, the files that were named, and the libraries. So nothing stale is reused, unless the
+# helpers of section 2 change.
 VERSIONS = {name: importlib.metadata.version(name) for name in (
-    "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow",
-    "av")}
+    "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow", "av")}
 SECTION = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )"
 CODE = re.findall(SECTION, Path(__file__).read_text("utf-8"), re.MULTILINE)  # (stage, source)
 
@@ -1460,8 +1445,7 @@ def stage(compute):
     return kept
 
 class Run:
-    """One setting's stages, for a method, a reference or a clone by name. Each computes what is
-    missing: run.evaluate("masklam") is a method's whole life."""
+    """The stages of a setting, each for a method, reference or clone: run.evaluate("masklam")."""
 
     def __init__(self, config: Config, out="runs", device="cpu", pmap=itertools.starmap):
         self.config, self.cache, self.device = config, Path(out) / "cache", torch.device(device)
@@ -1488,7 +1472,7 @@ class Run:
     @stage
     def record(self, name, partial):
         if ranks()[0] == 0:
-            for path in [p for split in SPLITS for p in footage(self.config.backgrounds, split)]:
+            for path in {p for split in SPLITS for p in footage(self.config.backgrounds, split)}:
                 read_film(path, 8, limit=100)  # what fails shall fail now, not after hours
             record(self.config, partial.with_suffix(""), self.pmap)
 
@@ -1509,7 +1493,6 @@ class Run:
             return None  # rank 0 does the rest
         ious = {"keyframes": iou}
         with written_whole(partial.with_suffix("")) as folder:
-            folder.mkdir()
             for split, video in self.videos.items():
                 masks = create_array(folder / f"{split}.npy", video.masks.shape, np.uint8)
                 for e, frames in enumerate(video.frames):
@@ -1526,8 +1509,6 @@ class Run:
                 self.mask()
                 folder = self.path("mask").with_suffix("")
                 video = replace(video, masks=np.load(folder / f"{split}.npy", "c"))
-            require((video.masks[:50] >= 128).mean() > 1e-3, f"the masks of {split} video are "
-                    "empty: more --keyframes")
             windows.append(Windows(video, self.device))
         return windows
 
@@ -1544,16 +1525,15 @@ class Run:
             found = probe(config, functools.partial(encode, lam.idm), *self.windows)
             use = {"latent_use": latent_use(lam, self.windows[1])} if hasattr(lam, "fdm") else {}
             return found | use  # of methods that predict pixels
-        network = clone(config, training, training.actions_and_noise(), np.arange(len(training)),
-                        name, REFERENCES[name], updates=max(1, config.lam_updates // 2),
-                        lr=config.lam_lr, checkpoint=partial)
-        read = functools.partial(encode, network, frames=REFERENCES[name])
-        return probe(config, read, *self.windows)
+        frames, every = REFERENCES[name], np.arange(len(training))
+        updates = max(1, config.lam_updates * frames // 6)  # 3 frames are sooner known by heart
+        network = clone(config, training, training.actions(), every, name, frames,
+                        updates=updates, lr=config.lam_lr, checkpoint=partial)
+        return probe(config, functools.partial(encode, network, frames=frames), *self.windows)
 
     @stage
     def policy(self, name, partial):
-        """-> a policy that emits a method's latent actions, or the oracle's, that emits actions;
-        and what it has cloned."""
+        """-> a policy that emits a method's latents, or the oracle's actions; and its targets."""
         training = self.windows[0]
         targets = training.actions()
         if name != "oracle":
@@ -1595,7 +1575,7 @@ class Run:
 
     def row(self, name, until="report") -> dict:
         """A method's, reference's or clone's numbers, from its whole life, or up to a stage."""
-        row, demonstrations = {}, len(self.windows[0].demonstrations())
+        row, labels = {}, len(self.windows[0].demonstrations())
         if name not in (*CLONES, *REFERENCES):
             row["losses"] = self.lam(name).losses
         if name not in CLONES and until != "lam":
@@ -1607,9 +1587,8 @@ class Run:
             (returns, _, error), (chance, expert) = self.evaluate(name), self.scale()
             row |= dict(return_mean=float(returns.mean()), return_std=float(returns.std()),
                         normalized_return=float((returns.mean() - chance) / (expert - chance)),
-                        return_n=len(returns), action_nmse=error, labels=demonstrations)
-            if name != "oracle":
-                row["labels"] = min(demonstrations, self.config.labels)
+                        return_n=len(returns), action_nmse=error,
+                        labels=labels if name == "oracle" else min(labels, self.config.labels))
         return row
 
     def execute(self, folder, until="report") -> dict:
@@ -1657,17 +1636,14 @@ def workers():
     """A parallel `starmap`: one single-thread process a core, as two threads on busy cores wait for
     each other, and up to 16, as each takes .6 GB. None outlives the block."""
     context = multiprocessing.get_context("spawn")  # fork does not mix with threads
+    others = set(multiprocessing.active_children())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with futures.ProcessPoolExecutor(min(cores, 16), context, start_worker,
                                      (context.RLock(),)) as pool:
-        def starmap(function, jobs):
-            for job in [pool.submit(function, *job) for job in jobs]:
-                yield job.result()
-
         try:
-            yield starmap
+            yield lambda function, jobs: pool.map(function, *zip(*jobs))
         except BaseException:
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
             raise
 
@@ -1676,11 +1652,10 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.error = functools.partial(require, False)  # a UserError
     for f in fields(Config):
-        kind, words = dict(type=type(f.default)), f.metadata["allowed"] or ""
-        if isinstance(f.default, tuple):
-            kind = dict(type=type(f.default[0]), nargs="+")
-        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS, **kind,
-                            help=f"{f.metadata['help']} {words} (default {f.default!r})")
+        example, nargs = (f.default[0], "+") if isinstance(f.default, tuple) else (f.default, None)
+        parser.add_argument(f"--{f.name.replace('_', '-')}", default=argparse.SUPPRESS,
+                            type=type(example), nargs=nargs, help=f"{f.metadata['help']} "
+                            f"{f.metadata['allowed'] or ''} (default {f.default!r})")
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="sizes of everything")
     parser.add_argument("--out", default="runs", type=Path, help="folder of all runs")
     parser.add_argument("--until", choices=("record", "mask", "lam", "probe", "report"),
@@ -1692,8 +1667,9 @@ def parse(argv):
     config = replace(base, **given)
 
     usual = asdict(base) | dict(preset="laptop", task=config.task, until="report")
-    words = [f"{name.replace('_', '-')}={value}" for name, value in
-             (dict(preset=preset) | given | dict(until=until)).items() if value != usual[name]]
+    chosen = dict(preset=preset) | asdict(config) | dict(until=until)
+    words = [f"{name.replace('_', '-')}={value}" for name, value in chosen.items()
+             if value != usual[name]]
     return config, out, "_".join([config.task, *words]).replace("/", "-"), until
 
 def main(argv=None):

@@ -559,6 +559,7 @@ def test_folded_frames_are_the_frames_in_other_order():
     (dict(masks=np.zeros((5, 9, 8, 8, 1), np.uint8)), "masks are"),
     (dict(masks=np.zeros((5, 9, 8, 8), bool)), "not arrays of uint8"),
     (dict(masks=np.ones((5, 9, 8, 8), np.uint8)), "masks are 255 where the agent is, not 1"),
+    (dict(masks=np.zeros((5, 9, 8, 8), np.uint8)), "the masks are empty.*"),
     (dict(actions=np.zeros((5, 7, 2), np.float32)), "actions are .5, 7, 2., not .5, 9 or 8, A.")])
 def test_a_video_that_would_be_misread_is_refused_in_a_line(fault, words):
     with pytest.raises(UserError, match=f"^{words}|{words}$") as error:
@@ -768,13 +769,14 @@ def test_paper_preset_has_the_authors_network_sizes_and_learns_and_acts():
     assert np.isfinite(lam.losses).all() and lam.idm(stacks).shape == policy(stacks[:, :3]).shape
     assert prediction.shape == (2, 3, 64, 64) and 0 < abs(prediction).max() <= 0.5
 
-def test_an_fdm_of_patches_uses_the_latent_and_predicts_a_change():
-    fdm, obs = masklam.FDM(Config()), torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
-    z = torch.zeros(2, Config().latent_dim)
-    assert not torch.equal(fdm(obs, z), fdm(obs, z + 1))
-    for p in fdm.decoder.last.parameters():
-        nn.init.zeros_(p)
-    assert torch.equal(fdm(obs, z), masklam.to_float(obs[:, 2:]))
+@pytest.mark.parametrize("preset", ["laptop", "paper"])
+def test_an_fdm_uses_the_latent_and_predicts_a_frame(preset):
+    config = Config(**PRESETS[preset])
+    fdm, obs = masklam.FDM(config), torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    z = torch.zeros(2, config.latent_dim)
+    predicted = fdm(obs, z)
+    assert predicted.shape == (2, 3, 64, 64) and predicted.abs().max() <= 0.5
+    assert not torch.equal(predicted, fdm(obs, z + 1))
 
 @pytest.mark.parametrize("offset", [1, 4])
 def test_lapo_and_masklam_differ_in_nothing_but_the_weight(offset, monkeypatch):
