@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -769,15 +769,6 @@ def test_paper_preset_has_the_authors_network_sizes_and_learns_and_acts():
     assert np.isfinite(lam.losses).all() and lam.idm(stacks).shape == policy(stacks[:, :3]).shape
     assert prediction.shape == (2, 3, 64, 64) and 0 < abs(prediction).max() <= 0.5
 
-@pytest.mark.parametrize("preset", ["laptop", "paper"])
-def test_an_fdm_uses_the_latent_and_predicts_a_frame(preset):
-    config = Config(**PRESETS[preset])
-    fdm, obs = masklam.FDM(config), torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
-    z = torch.zeros(2, config.latent_dim)
-    predicted = fdm(obs, z)
-    assert predicted.shape == (2, 3, 64, 64) and predicted.abs().max() <= 0.5
-    assert not torch.equal(predicted, fdm(obs, z + 1))
-
 @pytest.mark.parametrize("offset", [1, 4])
 def test_lapo_and_masklam_differ_in_nothing_but_the_weight(offset, monkeypatch):
     """The same networks, batches and offsets; another seed has others. The losses are those
@@ -1484,3 +1475,24 @@ def test_processes_that_cannot_train_together_end_together(flags, words, copied)
     if os.environ["RANK"] == "1": masklam.train_lam = fail""", *FLAGS, "--out", copied,
                     *flags.split())
     assert done.returncode and f"masklam: {words}" in done.stderr
+
+# -- the README's numbers ------------------------------------------------------------------------
+
+RESULTS = [json.loads(path.read_text()) for path in (HERE / "notebooks/results").glob("*.json")]
+
+@pytest.mark.parametrize("task", sorted({r["task"] for r in RESULTS}))
+def test_every_number_of_the_readmes_table_is_a_median_of_default_runs(task):
+    default = lambda seed: json.loads(json.dumps(asdict(Config(task=task, seed=seed))))
+    runs = [r for r in RESULTS if r["config"] == default(r["seed"])]
+    median = lambda name, key: masklam.brief(np.median([r["methods"][name][key] for r in runs]))
+    columns = [(name, reader) for reader in ("", "_mlp") for name in METHODS]
+    columns += [(name, "_mlp") for name in masklam.REFERENCES]
+    cells = [f"{median(name, 'probe_nmse' + reader)} / {median(name, 'probe_nmse_noise' + reader)}"
+             for name, reader in columns]
+    cells += [median(name, "normalized_return") for name in (*METHODS, *masklam.CLONES)]
+    assert f"\n| {task} | {' | '.join(cells)} |\n" in (HERE / "README.md").read_text()
+
+def test_the_readme_shows_what_seed_0_of_the_cheetah_prints():
+    printed = masklam.table(json.loads((HERE / "notebooks/results/cheetah.json").read_text()))
+    lines = [f"    {line}".rstrip() for line in printed.splitlines()]
+    assert "\n".join(lines) in (HERE / "README.md").read_text()
