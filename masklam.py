@@ -13,7 +13,7 @@ background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the age
 
     python masklam.py --task cheetah          record, train both, probe, act, compare
     python masklam.py --preset smoke          every stage in seconds, to see it work
-    for z in 16 64 128; do python masklam.py --latent-dim $z --until probe; done
+    for z in 16 64 256; do python masklam.py --latent-dim $z --until probe; done
 
 A run needs only a CPU. It writes results.json and pictures to runs/<task>..., and keeps what each
 stage made in runs/cache, so that another run redoes only what has changed. The file reads as the
@@ -203,7 +203,7 @@ class Video:
     """Episodes of an agent on film: frames[e, t] is what it sees when it chooses actions[e, t].
 
     Recordings know all of these, f32 where nothing else is said, video of one's own the first
-    three. Nothing but probes, decoders and references may read actions."""
+    three. Nothing but probes, references, decoders and clones of actions may read actions."""
 
     frames: np.ndarray  # (E, T, H, W, 3) u8
     masks: np.ndarray  # (E, T, H, W) u8, 255 = agent
@@ -625,10 +625,10 @@ def ridge(inputs, targets, penalty=1e-4):
     return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + mean
 
 def regress(config, network, inputs, targets, rows, few=False, **how):
-    """Fit network(inputs(batch)) to targets[batch], of (n, D) f32, with batches of `rows`: all that
-    sees true actions learns here. few: so as not to learn by heart, a fifth of the rows says after
-    how many updates the network knows most; then it starts again and learns from all rows for as
-    long. how: other arguments of `train`."""
+    """Fit network(inputs(batch)) to targets[batch], of (n, D) f32, with batches of `rows`: every
+    network that sees true actions learns here. few: so as not to learn by heart, a fifth of the
+    rows says after how many updates the network knows most; then it starts again and learns from
+    all rows for as long. how: other arguments of `train`."""
     device = next(network.parameters()).device
     targets, fresh = torch.from_numpy(targets).to(device), copy.deepcopy(network.state_dict())
 
@@ -717,8 +717,8 @@ def probe(config, read, training: Windows, heldout: Windows, decorrelated: Windo
 # actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
 # few labels. Both are regressions; so are oracle and labels-only, clones of true actions.
 CLONES = ("labels-only", "oracle")  # policies cloned from true actions: the labelled ones, all
-# References bound a latent from both sides. Both learn true actions: one from all frames that an
-# IDM sees, one from those before the action, which tell no noise.
+# References are there to compare a latent with. Both learn true actions: one from all frames that
+# an IDM sees, one from those before the action, which tell no noise.
 REFERENCES = {"past-only": 3, "supervised-idm": 6}  # frames
 
 def labelled_windows(config, windows: Windows) -> np.ndarray:
