@@ -90,7 +90,7 @@ class Config:
     speed: float = option("record", 10.0, "of the background, pixels a step", 0, 100)
     backgrounds: str = option("record", "", "folder of pictures and videos to show")
     episodes: int = option("record", 1000, "recorded for training", 4, 250_000)
-    heldout_episodes: int = option("record", 120, "recorded for probing only", 2, 250_000)
+    heldout_episodes: int = option("record", 120, "held out to probe and test on", 2, 250_000)
     steps: int = option("record", 50, "per recorded episode", 8, 1000)
     demonstration_noise: float = option("record", 0.1, "at most, in every other episode", 0, 9)
     exploration_noise: float = option("record", 1.2, "in the others; actions reach 1", 0, 9)
@@ -118,7 +118,7 @@ class Config:
     probe_updates: int = option("probe", 2500, "optimiser steps of the MLP probe", 1, 10**8)
     policy_updates: int = option("policy", 2500, "optimiser steps", 1, 10**8)
     policy_lr: float = option("policy", 2e-3, "peak learning rate", 0, 1)
-    labels: int = option("decode", 1000, "labelled transitions, of whole episodes", 10, 10**8)
+    labels: int = option("decode", 1000, "labelled transitions, episode by episode", 10, 10**8)
     decoder_updates: int = option("decode", 1000, "at most, of the decoder", 1, 10**8)
     eval_episodes: int = option("evaluate", 20, "per policy, on unseen backgrounds", 1, 10**5)
     eval_steps: int = option("evaluate", 500, "per evaluation episode", 1, 10**5)
@@ -141,7 +141,7 @@ PRESETS = {
                   batch_size=32),
     "notebook": dict(episodes=120, heldout_episodes=20, steps=60, lam_updates=400, labels=100,
                      probe_updates=500, policy_updates=400, decoder_updates=300, eval_episodes=4,
-                     eval_steps=200),
+                     eval_steps=200, batch_size=32),
     "laptop": {},  # Config's defaults
     "paper": dict(offset=9, patch=1, idm_widths=(64, 128, 128), blocks=2, hidden=0,
                   fdm_widths=(96, 192, 192), batch_size=512, lam_lr=6e-4, policy_lr=4e-4,
@@ -492,7 +492,7 @@ class FDM(nn.Module):
         return torch.tanh(F.pixel_shuffle(decoded, self.patch)) / 2
 
 def train(network, compute_loss, updates, lr, text, checkpoint=None):
-    """AdamW with 5 % warm-up and cosine decay to zero: the loop of every network in this file.
+    """AdamW (weight decay .01), 5 % warm-up, cosine decay: the loop of every network in this file.
 
     compute_loss(step) draws its batch from `step` alone, so that a run that goes on from
     `checkpoint` (a path; written twice a minute) gives the numbers of one that never stopped. Where
@@ -538,7 +538,8 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
 # ==== 5. Latent action models [lam] ===============================================================
 # In: windows of a Video. Out: an IDM whose latent actions explain what the loss asks for. LAPO and
 # MaskLAM differ in one number, the weight of the background. Another method is a class with an idm
-# and a loss of its own, and an entry in METHODS. If it has an fdm, that predicts pixels.
+# and a loss of its own, and an entry in METHODS. If it has an fdm, that predicts pixels from obs
+# and z, and a background_weight says which of them count.
 def masked_mse(prediction, target, mask, background_weight=0.0, count=torch.sum):
     """The squared error weighted by an agent mask: all that MaskLAM adds to a LAM.
 
@@ -575,7 +576,6 @@ METHODS = {
 
 def train_lam(config, windows, method, checkpoint=None):
     """Train a method on windows -> a LAM, with `losses`, its training curve in tenths."""
-    require(method in METHODS, f"{method!r} is not one of METHODS: {', '.join(METHODS)}")
     torch.manual_seed(config.seed)
     lam = METHODS[method](config).to(windows.device, memory_format=torch.channels_last)
 
@@ -615,6 +615,11 @@ def latent_use(lam, windows) -> float:
 # ==== 6. Probes [probe] ===========================================================================
 # In: latent actions and true actions of training and held-out episodes. Out: how much of the action
 # can be read from the latent, by a line and by a small network.
+
+# References are there to compare a latent with. Both learn true actions: one from all frames that
+# an IDM sees, one from those before the action, which tell no noise.
+REFERENCES = {"past-only": 3, "supervised-idm": 6}  # frames
+
 def ridge(inputs, targets, penalty=1e-4):
     """The best linear map, in closed form: (n, Z), (n, A) -> predict((m, Z)) -> (m, A)."""
     inputs, targets = np.asarray(inputs, np.float64), np.asarray(targets, np.float64)
@@ -657,9 +662,21 @@ def regress(config, network, inputs, targets, rows, few=False, **how):
             break
     return network.eval()
 
+def clone(config, windows, targets, rows, text, frames=3, **how):
+    """Behaviour cloning: a policy learns what was done from what was seen, in the windows `rows`.
+    targets (len(windows), D): latent actions, or true ones. With 6 frames it sees what an IDM sees.
+    how: for `regress`."""
+    torch.manual_seed(config.seed + 1)
+    policy = FrameEncoder(config, frames, targets.shape[1])
+    policy.to(windows.device, memory_format=torch.channels_last)
+    how = dict(updates=config.policy_updates, lr=config.policy_lr) | how
+    return regress(config, policy, lambda batch: windows.seen(batch, frames), targets, rows,
+                   text=text, **how)
+
 def mlp_probe(config, inputs, targets, device):
     """Like `ridge`, but a network of two hidden layers, which reads what lies on no line."""
     center, scale = inputs.mean(0), inputs.std(0) + 1e-6
+    scale[scale < 1e-5] = np.inf  # a number that never changes is not looked at
     x = torch.from_numpy((inputs - center) / scale).to(device)
     torch.manual_seed(config.seed)
     network = mlp(x.shape[1], 512, 512, targets.shape[1]).to(device)
@@ -717,27 +734,13 @@ def probe(config, read, training: Windows, heldout: Windows, decorrelated: Windo
 # actions of the demonstrations from frames alone, then decode the clone's latents to actions with a
 # few labels. Both are regressions; so are oracle and labels-only, clones of true actions.
 CLONES = ("labels-only", "oracle")  # policies cloned from true actions: the labelled ones, all
-# References are there to compare a latent with. Both learn true actions: one from all frames that
-# an IDM sees, one from those before the action, which tell no noise.
-REFERENCES = {"past-only": 3, "supervised-idm": 6}  # frames
 
 def labelled_windows(config, windows: Windows) -> np.ndarray:
-    """The windows (n,) whose actions may be seen: of whole demonstrations, drawn at random."""
+    """The windows (n,) whose actions may be seen: of demonstrations drawn at random, one by one."""
     demonstrations = windows.demonstrations()
     order = generator(config.seed, "labels").permutation(len(windows.video.length))
     place = np.argsort(order)[windows.e[demonstrations]]
     return demonstrations[np.argsort(place, kind="stable")][:config.labels]
-
-def clone(config, windows, targets, rows, text, frames=3, **how):
-    """Behaviour cloning: a policy learns what was done from what was seen, in the windows `rows`.
-    targets (len(windows), D): latent actions, or true ones. With 6 frames it sees what an IDM sees.
-    how: for `regress`."""
-    torch.manual_seed(config.seed + 1)
-    policy = FrameEncoder(config, frames, targets.shape[1])
-    policy.to(windows.device, memory_format=torch.channels_last)
-    how = dict(updates=config.policy_updates, lr=config.policy_lr) | how
-    return regress(config, policy, lambda batch: windows.seen(batch, frames), targets, rows,
-                   text=text, **how)
 
 def latent_targets(idm, windows) -> np.ndarray:
     """What a frozen IDM says of the demonstrations, at unit variance: (len(windows), Z), else 0."""
@@ -1210,7 +1213,8 @@ def record(config, folder, pmap=itertools.starmap):
 # ==== 12. Masks [mask] ============================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
 # --masks sam the segmentation model SAM (arXiv 2304.02643) is clicked on the agent in a few
-# keyframes; a student learns from what it finds to mask every frame.
+# keyframes, by the simulator, which tells it nothing else; a student learns from what it finds to
+# mask every frame.
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {  # official checkpoints and their SHA-256 (what their names end in is of their MD5)
     "vit_b": ("sam_vit_b_01ec64.pth",
@@ -1416,8 +1420,8 @@ def save_animation(films, path, seconds, scale=3):
 # that keeps its result on disk, and asks the stages before it for what it needs. The name of its
 # file holds a digest of what it depends on: the config fields of this stage and those before it,
 # the source of the sections and of the methods of `Run` that bear these stages' names, the task and
-# its expert, the files that were named, and the libraries. So nothing stale is reused, unless the
-# helpers of section 2 change.
+# its expert, the files that were named, and the libraries. So nothing stale is reused, unless what
+# it does not see has changed: helpers of section 2, `Run.windows`, a method that a notebook adds.
 VERSIONS = {name: importlib.metadata.version(name) for name in (
     "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow", "av")}
 SECTION = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )"
@@ -1450,6 +1454,8 @@ class Run:
     def __init__(self, config: Config, out="runs", device="cpu", pmap=itertools.starmap):
         self.config, self.cache, self.device = config, Path(out) / "cache", torch.device(device)
         self.pmap, self.seconds = pmap, {}
+        for name in config.methods:
+            require(name in METHODS, f"{name!r} is not one of METHODS: {', '.join(METHODS)}")
         self.cache.mkdir(parents=True, exist_ok=True)
 
     def __reduce__(self):
@@ -1599,7 +1605,7 @@ class Run:
         self.record()
         if until != "record":
             results["mask_iou"] = self.mask()
-        actions, noise = np.split(self.windows[0].actions_and_noise().var(0), 2)
+        actions, noise = np.split(Windows(self.videos["training"]).actions_and_noise().var(0), 2)
         results["noise_share"] = float((noise / actions).mean())
         if until == "report":
             results["random_return"], results["expert_return"] = self.scale()
@@ -1670,7 +1676,8 @@ def parse(argv):
     chosen = dict(preset=preset) | asdict(config) | dict(until=until)
     words = [f"{name.replace('_', '-')}={value}" for name, value in chosen.items()
              if value != usual[name]]
-    return config, out, "_".join([config.task, *words]).replace("/", "-"), until
+    name = "_".join([config.task, *words]).translate(str.maketrans("/", "-", "()' "))
+    return config, out, name, until
 
 def main(argv=None):
     """The program; returns its exit status."""
@@ -1694,7 +1701,7 @@ def main(argv=None):
         print("\nmasklam: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (UserError, OSError, futures.BrokenExecutor) as error:
-        print("masklam:", " ".join(str(error).split()), file=sys.stderr)
+        sys.stderr.write(f"masklam: {' '.join(str(error).split())}\n")  # one write, a whole line
         return 2
     finally:
         if dist.is_initialized():
@@ -1705,9 +1712,10 @@ def main(argv=None):
 # small matrix each, a linear policy, which a servo makes enough to walk. Nothing else here is
 # trained on states.
 EXPERTS = {
-    "cheetah": "c-l>j%?g4*6ouz8T(n3?v#=B@`hlQFyN}^=2(6hMC$;%8gJ{!xrA~;4yExyuhXVizHD}a-!8ZL<XIk4ugCg"
-        "{{7xZN_0)sCg{b8c43w5N@rWU_oSH4x?vQXBGoKL;U*g310|0s8|*hYCc%d^;u_190Ujd}{MR%DruV!{;GYgyGNT6)"
-        "=?UCAvx%tclSy-y3<32>B<ACL}A2L",
+    "cheetah": "c-jHj04M*IjfJ`eLviMiHr3i#a=Kt)&)&8NJ#fBcmvw;!xJMBZ`ee3>G|be?_W=+FCiX5%6EA4Rrp>qdm*D"
+        "J`mM^s94j3JfTpRGXlsh)o6Dz9LX-D<&%Wq;tDxDE3{9?^0A*|~pP3s(q1-3)DKR~xOwy?9Is<bGqF{`ShAhyKBH@Y"
+        "%3vAZa?v!Jl5prI$W#67e)wzjr9rLr?Gtgow~pt!?6D>W^tx3;RbHlr`C9iSj8!ZW%zHM_aEtG6Yrps%Q>t}Z~pxwp"
+        "Bpx2vSAE-Nc3pQI$WK5Wz",
     "hopper": "c-jF-0Jr}kt8YbM2|~8md)K+A>0J(4nN29k2RHKa7T4MA-oxooA(1)2K)boCGcUCzt)e2pLA<dzJhrr}rz|e"
         "VNWVKWw7ah*Dk(53z9UW",
     "walker": "c-jHj04M(h3<o0)hMjh>ny9{5lLXQP+ZOl~qJuf-px+N0u~sHxWDmElTIG5|q1JYlkC6d<pCa{X0I=VCmBP9"
