@@ -18,6 +18,7 @@ background. MaskLAM (arXiv 2602.02259) changes one number: b = 0, with m the age
 A run needs only a CPU. It writes results.json and pictures to runs/<task>..., and keeps what each
 stage made in runs/cache, so that another run redoes only what has changed. The file reads as the
 data flows: video, networks, the loss (section 5), probes, policy; then where the video comes from.
+A title names in brackets the first stage of a run that an edit of its section redoes (section 16).
 
 Shapes: E episodes, T steps, B batch, C H W image, A action, S state, Z latent, D velocities of the
 background, n any number of things; u8, i64 and f32 are types of numbers.
@@ -196,8 +197,8 @@ def progress(items, text, total, done=0):
                 position=int(number) - 1)
 
 # ==== 3. Video [record] ===========================================================================
-# In: episodes in arrays, recorded (section 11) or read here from one's own pictures and films.
-# Out: index arithmetic that cuts training windows from them, for everything that learns.
+# In: episodes in arrays, recorded (section 12) or read from films of one's own (section 10). Out:
+# index arithmetic that cuts training windows from them, for everything that learns.
 @dataclass
 class Video:
     """Episodes of an agent on film: frames[e, t] is what it sees when it chooses actions[e, t].
@@ -300,67 +301,6 @@ class Windows:
         if self.video.demonstration is None:
             return np.arange(len(self))
         return np.flatnonzero(self.video.demonstration[self.e])
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-FILMS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", *PICTURES)
-
-def list_films(folder) -> list:
-    """The pictures, films and folders in a folder, 2 before 10; nothing hidden."""
-    require(Path(folder).is_dir(), f"{folder} is not a folder")
-    shown = [p for p in Path(folder).iterdir()
-             if not p.name.startswith(".") and (p.is_dir() or p.suffix.lower() in FILMS)]
-    return sorted(shown, key=lambda p: [(text, int(number or 0)) for text, number in
-                                        re.findall(r"(\D*)(\d*)", p.name.lower())])
-
-def read_pictures(file):
-    """The pictures of a file, one by one, as a viewer shows them: PIL images, RGB."""
-    if file.suffix.lower() not in PICTURES:
-        with av.open(file) as film:
-            for frame in film.decode(video=0):
-                yield frame.to_image().rotate(frame.rotation, expand=True)
-        return
-    with Image.open(file) as film:
-        for image in [film] if film.format == "MPO" else ImageSequence.Iterator(film):
-            image = ImageOps.exif_transpose(image)
-            require(image.mode != "F", "it is of floats, whose black and white nobody knows")
-            if image.mode.startswith("I"):  # 16 bits
-                image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            yield image.convert("RGB")
-
-def read_film(path, side, limit=None):
-    """Frames of a video, a picture or a folder of pictures, cut to squares: (n, side, side, 3) u8,
-    n <= limit. UserError names a file that cannot be read."""
-    film = []
-    for file in list_films(path) if path.is_dir() else [path]:
-        try:
-            for image in itertools.islice(read_pictures(file), limit and limit - len(film)):
-                film.append(np.asarray(ImageOps.fit(image, (side, side))))
-        except Exception as error:  # a broken PNG is a SyntaxError
-            raise UserError(f"{file} cannot be read ({error})") from error
-    require(film, f"{path} has no picture")
-    return np.stack(film)
-
-def read_clips(folder, side) -> Video:
-    """Video of one's own: every film, or folder of pictures, in a folder is a clip. Pictures in
-    masks/<its name>, black but for the agent, are its masks; without them it is agent all over."""
-    clips = [p for p in list_films(folder) if p.name != "masks"]
-    require(clips, f"{folder} has no clips: films, or folders of pictures")
-    films = [read_film(path, side) for path in clips]
-    length = np.array([len(film) for film in films])
-    frames = np.zeros((len(films), max(length), side, side, 3), np.uint8)
-    masks = np.full(frames.shape[:4], 255, np.uint8)
-    for e, (path, film) in enumerate(zip(clips, films)):
-        frames[e, :len(film)] = film
-        shapes = Path(folder) / "masks" / (path.name if path.is_dir() else path.stem)
-        if shapes.is_dir():
-            found = read_film(shapes, side).max(-1)
-            require(len(found) == len(film), f"{shapes} has {len(found)} pictures for the "
-                    f"{len(film)} frames of {path}")
-            masks[e, :len(film)] = found
-    return Video(frames, masks, length)
 
 def to_float(frames: torch.Tensor, patch=1) -> torch.Tensor:
     """(B, n, H, W, C) u8 -> (B, n patch^2 C, H / patch, W / patch) in [-0.5, 0.5], which lie in
@@ -594,10 +534,13 @@ def train_lam(config, windows, method, checkpoint=None):
 def encode(network, windows: Windows, chosen: np.ndarray, frames=6) -> np.ndarray:
     """What a network says of the chosen windows, k = 1: an IDM, which sees 6 frames, latent actions
     (n, Z) f32; a policy, which sees 3, latent actions or actions (n, A)."""
-    parts = np.array_split(chosen, math.ceil(len(chosen) / 100))
+    z = None  # one array, as small ones kept between large ones that go would hold their memory
     with autocast(windows.device):
-        z = [network(windows.seen(part, frames)).float().cpu() for part in parts]
-    return torch.cat(z).numpy()
+        for part in np.array_split(np.arange(len(chosen)), math.ceil(len(chosen) / 100)):
+            said = network(windows.seen(chosen[part], frames)).float().cpu().numpy()
+            z = np.empty((len(chosen), said.shape[1]), np.float32) if z is None else z
+            z[part] = said
+    return z
 
 @torch.no_grad()
 def latent_use(lam, windows) -> float:
@@ -698,13 +641,14 @@ def nmse(prediction, target) -> np.ndarray:
 
 def next_background(windows: Windows, chosen: np.ndarray) -> np.ndarray:
     """Frame t + 1 without the agent and its outline, averaged in a 4x4 grid: (n, 48) f32."""
-    blocks = []
-    for part in torch.from_numpy(windows.index(chosen, 1)[:, 6]).split(500):
-        behind = (windows.masks[part, None] < 26).float()  # (n, 1, H, W)
-        frames = windows.frames[part].permute(0, 3, 1, 2) * behind
+    blocks = torch.empty(len(chosen), 3, 4, 4)
+    following = torch.from_numpy(windows.index(chosen, 1)[:, 6])
+    for part in torch.arange(len(chosen)).split(500):
+        behind = (windows.masks[following[part], None] < 26).float()  # (n, 1, H, W)
+        frames = windows.frames[following[part]].permute(0, 3, 1, 2) * behind
         weight = F.adaptive_avg_pool2d(behind, 4).clamp(min=1e-3)
-        blocks.append(F.adaptive_avg_pool2d(frames, 4) / weight)
-    return torch.cat(blocks).flatten(1).cpu().numpy()
+        blocks[part] = (F.adaptive_avg_pool2d(frames, 4) / weight).cpu()
+    return blocks.flatten(1).numpy()
 
 def probe(config, read, training: Windows, heldout: Windows, decorrelated: Windows) -> dict:
     """How much of the action do latents tell? Probes of read(windows, chosen) -> (n, Z), fitted on
@@ -896,9 +840,9 @@ def state_rollout(task, expert, seed, steps, noise=0.0, restart=False):
     return tuple(map(np.stack, zip(*(step[-3:] for step in episode))))
 
 # ==== 9. Renderer [record] ========================================================================
-# In: joint positions. Out: the agent alone, as premultiplied colour and soft alpha, which is the
-# simulator's own mask. Casting rays, one a pixel and five at its outline, is fast, needs no OpenGL
-# and looks the same anywhere.
+# In: joint positions. Out: the agent alone (all bodies but the world) as premultiplied colour and
+# soft alpha, which is the simulator's own mask. Casting rays, one a pixel and five at its outline,
+# is fast, needs no OpenGL and looks the same anywhere.
 class AgentRenderer:
     """Draws a Gymnasium MuJoCo agent from its joint positions, with a camera that follows it.
 
@@ -961,7 +905,71 @@ class AgentRenderer:
         layers[hit, 3] = 255
         return layers
 
-# ==== 10. Distractors [record] ====================================================================
+# ==== 10. Films [record] ==========================================================================
+# In: files, of one's own or to show behind an agent. Out: frames as a viewer shows them, cut to
+# squares; or a Video of clips.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FILMS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", *PICTURES)
+
+def list_films(folder) -> list:
+    """The pictures, films and folders in a folder, 2 before 10; nothing hidden."""
+    require(Path(folder).is_dir(), f"{folder} is not a folder")
+    shown = [p for p in Path(folder).iterdir()
+             if not p.name.startswith(".") and (p.is_dir() or p.suffix.lower() in FILMS)]
+    return sorted(shown, key=lambda p: [(text, int(number or 0)) for text, number in
+                                        re.findall(r"(\D*)(\d*)", p.name.lower())])
+
+def read_pictures(file):
+    """The pictures of a file, one by one, as a viewer shows them: PIL images, RGB."""
+    if file.suffix.lower() not in PICTURES:
+        with av.open(file) as film:
+            for frame in film.decode(video=0):
+                yield frame.to_image().rotate(frame.rotation, expand=True)
+        return
+    with Image.open(file) as film:
+        for image in [film] if film.format == "MPO" else ImageSequence.Iterator(film):
+            image = ImageOps.exif_transpose(image)
+            require(image.mode != "F", "it is of floats, whose black and white nobody knows")
+            if image.mode.startswith("I"):  # 16 bits
+                image = Image.fromarray(np.uint8(np.asarray(image).clip(0, 65535) // 257))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            yield image.convert("RGB")
+
+def read_film(path, side, limit=None):
+    """Frames of a video, a picture or a folder of pictures, cut to squares: (n, side, side, 3) u8,
+    n <= limit. UserError names a file that cannot be read."""
+    film = []
+    for file in list_films(path) if path.is_dir() else [path]:
+        try:
+            for image in itertools.islice(read_pictures(file), limit and limit - len(film)):
+                film.append(np.asarray(ImageOps.fit(image, (side, side))))
+        except Exception as error:  # a broken PNG is a SyntaxError
+            raise UserError(f"{file} cannot be read ({error})") from error
+    require(film, f"{path} has no picture")
+    return np.stack(film)
+
+def read_clips(folder, side) -> Video:
+    """Video of one's own: every film, or folder of pictures, in a folder is a clip. Pictures in
+    masks/<its name>, black but for the agent, are its masks; without them it is agent all over."""
+    clips = [p for p in list_films(folder) if p.name != "masks"]
+    require(clips, f"{folder} has no clips: films, or folders of pictures")
+    films = [read_film(path, side) for path in clips]
+    length = np.array([len(film) for film in films])
+    frames = np.zeros((len(films), max(length), side, side, 3), np.uint8)
+    masks = np.full(frames.shape[:4], 255, np.uint8)
+    for e, (path, film) in enumerate(zip(clips, films)):
+        frames[e, :len(film)] = film
+        shapes = Path(folder) / "masks" / (path.name if path.is_dir() else path.stem)
+        if shapes.is_dir():
+            found = read_film(shapes, side).max(-1)
+            require(len(found) == len(film), f"{shapes} has {len(found)} pictures for the "
+                    f"{len(film)} frames of {path}")
+            masks[e, :len(film)] = found
+    return Video(frames, masks, length)
+
+# ==== 11. Distractors [record] ====================================================================
 # In: a Gymnasium MuJoCo environment. Out: the same with pixel observations, in which everything but
 # the agent moves too, partly following its actions. Stationary or smooth backgrounds are easy: what
 # ruins a latent action is many sharp edges that move independently.
@@ -1130,7 +1138,7 @@ class Distractors(gym.Wrapper):
     def render(self):
         return self.frame
 
-# ==== 11. Recording [record] ======================================================================
+# ==== 12. Recording [record] ======================================================================
 # In: a body, its expert and its distractors. Out: videos of episodes. The even ones are
 # demonstrations, quiet enough to be cloned, that end when the body falls. The odd ones explore, and
 # there it starts anew: a nearly deterministic expert's action is a function of what was seen, so
@@ -1210,7 +1218,7 @@ def record(config, folder, pmap=itertools.starmap):
             for index in np.flatnonzero(Video.open(folder / split).length == 0).tolist()]
     list(progress(pmap(record_episode, jobs), "episodes recorded", len(jobs)))
 
-# ==== 12. Masks [mask] ============================================================================
+# ==== 13. Masks [mask] ============================================================================
 # In: frames. Out: where the agent is. The simulator's masks were drawn along with the frames. With
 # --masks sam the segmentation model SAM (arXiv 2304.02643) is clicked on the agent in a few
 # keyframes, by the simulator, which tells it nothing else; a student learns from what it finds to
@@ -1327,7 +1335,7 @@ def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
     a, b = a[where] >= 128, b[where] >= 128
     return float((a & b).sum() / max((a | b).sum(), 1))
 
-# ==== 13. Evaluation [evaluate] ===================================================================
+# ==== 14. Evaluation [evaluate] ===================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
 # probed on. All episodes step together, so that the policy sees batches.
 def evaluation_seeds(config):
@@ -1355,7 +1363,7 @@ def rollout(config, policy, device, text):
         stack = [*stack[1:], np.stack(frames)]
     return returns, np.stack(film)
 
-# ==== 14. Report [report] =========================================================================
+# ==== 15. Report [report] =========================================================================
 # In: the numbers of all stages. Out: a table, a figure and an animation.
 COLUMNS = {  # keys of results.json: their titles in the table and, where it has a panel, the figure
     "probe_nmse": ("NMSE", "NMSE of the action, by a line"),
@@ -1415,7 +1423,7 @@ def save_animation(films, path, seconds, scale=3):
         first.save(temporary, "GIF", save_all=True, append_images=others, duration=1000 * seconds,
                    loop=0)
 
-# ==== 15. A run ===================================================================================
+# ==== 16. A run ===================================================================================
 # In: the command line. Out: a folder of results. A `Run` is a lazy chain: each stage is a method
 # that keeps its result on disk, and asks the stages before it for what it needs. The name of its
 # file holds a digest of what it depends on: the config fields of this stage and those before it,
@@ -1640,7 +1648,7 @@ def start_worker(lock):
 @contextlib.contextmanager
 def workers():
     """A parallel `starmap`: one single-thread process a core, as two threads on busy cores wait for
-    each other, and up to 16, as each takes .6 GB. None outlives the block."""
+    each other, and up to 16, as each takes 1 GB. None outlives the block."""
     context = multiprocessing.get_context("spawn")  # fork does not mix with threads
     others = set(multiprocessing.active_children())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1707,7 +1715,7 @@ def main(argv=None):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-# ==== 16. Experts =================================================================================
+# ==== 17. Experts =================================================================================
 # Found by augmented random search (arXiv 1803.07055, notebook 7), the humanoid's from a gait: a
 # small matrix each, a linear policy, which a servo makes enough to walk. Nothing else here is
 # trained on states.

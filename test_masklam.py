@@ -1153,7 +1153,7 @@ def test_the_animation_shows_films_side_by_side_and_the_shorter_stands_still(tmp
 SECTIONS = {  # and the stage that an edit of them redoes
     "Config": None, "Video": "record", "Networks": "mask", "Latent action models": "lam",
     "Probes": "probe", "Latent policy": "policy", "Bodies": "record", "Renderer": "record",
-    "Distractors": "record", "Recording": "record", "Masks": "mask",
+    "Films": "record", "Distractors": "record", "Recording": "record", "Masks": "mask",
     "Evaluation": "evaluate", "Report": "report", "A run": None, "Experts": None}
 
 def keys(out, config=SMOKE, module=masklam):
