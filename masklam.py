@@ -106,10 +106,10 @@ class Config:
     background_weight: float = option("lam", 0.0, "b of masklam's loss; lapo is b = 1", 0, 1)
     latent_dim: int = option("lam", 128, "numbers in a latent action", 1, 8192)
     offset: int = option("lam", 1, "K: how far ahead the future stack may lie", 1, 100)
-    patch: int = option("lam", 4, "pixels folded into channels; 1: IMPALA", 1, 64)
+    patch: int = option("lam", 4, "pixels folded into channels; 1, with blocks: IMPALA", 1, 64)
     idm_widths: tuple[int, ...] = option("lam", (48, 96), "channels of its stages", 1, 4096)
     fdm_widths: tuple[int, ...] = option("lam", (48, 96), "channels of its stages", 1, 4096)
-    blocks: int = option("lam", 0, "residual blocks a stage of IMPALA", 0, 16)
+    blocks: int = option("lam", 0, "residual blocks a stage, where patch is 1", 0, 16)
     hidden: int = option("lam", 256, "units between map and vector; 0: none", 0, 8192)
     lam_updates: int = option("lam", 2000, "optimiser steps", 1, 10**8)
     batch_size: int = option("lam", 64, "windows per step, LAM and policy", 2, 10**5)
@@ -134,7 +134,7 @@ class Config:
         step = math.lcm(map_stride(self, self.idm_widths), map_stride(self, self.fdm_widths),
                         1 if self.masks == "simulator" else 16)  # of the student
         require(self.frame_size % step == 0, f"frame_size is {self.frame_size}; allowed: "
-                f"multiples of {step}, which patch and the number of widths ask for")
+                f"multiples of {step}, which patch, the number of widths and the student ask for")
 
 PRESETS = {
     "smoke": dict(episodes=8, heldout_episodes=4, steps=40, lam_updates=30, probe_updates=50,
@@ -153,7 +153,7 @@ PRESETS = {
 @contextlib.contextmanager
 def written_whole(path):
     """A temporary path, for a file or a folder, that takes path's place only if nothing failed."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
         if not path.is_dir():  # of another run, which was faster: it holds the same
@@ -162,7 +162,7 @@ def written_whole(path):
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 def save(path, value):
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # where a disk is full, torch itself does not say so
     torch.save(value, buffer)
     with written_whole(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
@@ -192,7 +192,7 @@ def share(batch: np.ndarray) -> np.ndarray:
 
 def progress(items, text, total, done=0):
     """A bar over items: each worker has a line of its own, and a log file has none."""
-    number = multiprocessing.current_process().name.partition("-")[2] or 1  # of SpawnProcess-2
+    number = re.search(r"\d*$", multiprocessing.current_process().name)[0] or 1  # SpawnProcess-2
     return tqdm(items, text, total, False, initial=done, disable=True if ranks()[0] else None,
                 position=int(number) - 1)
 
@@ -223,10 +223,11 @@ class Video:
         require(len(shape) == 5 and shape[4] == 3, f"frames are {shape}, not (E, T, H, W, 3)")
         E, T = shape[:2]
         require(self.masks.shape == shape[:4], f"masks are {self.masks.shape}, not {shape[:4]}")
-        require(self.masks[:1].max(initial=0) != 1, "masks are 255 where the agent is, not 1")
         longest = self.length.max(initial=0)
         require(self.length.shape == (E,) and longest <= T, f"length is {self.length.shape}, up to "
                 f"{longest}, not ({E},) and {T} at most")
+        shown = self.masks[:1][self.valid[:1]]
+        require(shown.max(initial=0) != 1, "masks are 255 where the agent is, not 1")
         require(self.actions is None or np.shape(self.actions)[:2] in ((E, T), (E, T - 1)),
                 f"actions are {np.shape(self.actions)}, not ({E}, {T} or {T - 1}, A)")
 
@@ -252,10 +253,11 @@ class Windows:
         start = np.zeros(video.masks.shape[:2], int) if video.start is None else video.start
         self.e, self.t = np.nonzero(video.valid[:, 1:] & (start[:, 1:] == start[:, :-1]))
         require(len(self.e), "no episode has two frames, so there is nothing to learn from")
-        require((video.masks[:50] >= 128).mean() > 1e-3, "the masks are empty: not a pixel of a "
-                "thousand is of an agent (with --masks sam or student: try more --keyframes)")
+        shown = video.masks[:50][video.valid[:50]]
+        require((shown >= 128).mean() > 1e-3, "the masks are empty: not a pixel of a thousand is "
+                "of an agent (with --masks sam or student: try more --keyframes)")
         self.first = start[self.e, self.t]
-        stretch = self.e * self.T + self.first  # ascends
+        stretch = self.e * self.T + self.first  # a number for each, ascending
         self.last = self.t[np.searchsorted(stretch, stretch, "right") - 1] + 1
 
         on_gpu = torch.device(device).type == "cuda"
@@ -294,6 +296,7 @@ class Windows:
     def actions_and_noise(self, chosen=slice(None)):
         """(B, 2 A) f32: executed actions, and the part of them that no past frame tells."""
         actions, expected = self.actions(chosen), self.video.expected
+        require(expected is not None, "noise is known of recordings alone: see Video.expected")
         return np.concatenate([actions, actions - expected[self.e[chosen], self.t[chosen]]], 1)
 
     def demonstrations(self):
@@ -343,9 +346,9 @@ class ResidualBlock(nn.Sequential):
         return x + super().forward(x)
 
 class Encoder(nn.Module):
-    """Folded frames (B, channels, h, w) -> a map for every width, finest first. Patch 1 is IMPALA's
-    (arXiv 1802.01561). Larger patches are for CPUs: with kernel 1 the first stage is a mere matrix
-    product."""
+    """Folded frames (B, channels, h, w) -> a map for every width, finest first. Patch 1 with blocks
+    is IMPALA's (arXiv 1802.01561). Larger patches are for CPUs: with kernel 1 the first stage is a
+    mere matrix product."""
 
     def __init__(self, channels, widths, patch, blocks=0, kernel=1):
         super().__init__()
@@ -455,8 +458,9 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
         loss = compute_loss(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for parameter in network.parameters() if ranks()[1] > 1 else ():
-            parameter.grad = mean_over_ranks(parameter.grad)
+        for parameter in network.parameters():
+            if ranks()[1] > 1 and parameter.grad is not None:  # a frozen one has none
+                parameter.grad = mean_over_ranks(parameter.grad)
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
 
@@ -550,9 +554,8 @@ def latent_use(lam, windows) -> float:
     stacks, next_obs, mask = windows.batch(chosen)
     with autocast(windows.device):
         z = lam.idm(stacks)
-        predictions = [lam.fdm(stacks[:, :3], latent).float() for latent in (z, z.roll(1, 0))]
-    right, wrong = (masked_mse(prediction, next_obs, mask, lam.background_weight)
-                    for prediction in predictions)
+        right, wrong = (masked_mse(lam.fdm(stacks[:, :3], latent).float(), next_obs, mask,
+                                   lam.background_weight) for latent in (z, z.roll(1, 0)))
     return float((wrong - right) / wrong.clamp(min=1e-9))
 
 # ==== 6. Probes [probe] ===========================================================================
@@ -623,9 +626,9 @@ def mlp_probe(config, inputs, targets, device):
     x = torch.from_numpy((inputs - center) / scale).to(device)
     torch.manual_seed(config.seed)
     network = mlp(x.shape[1], 512, 512, targets.shape[1]).to(device)
-    regress(replace(config, batch_size=4 * config.batch_size), network, lambda batch: x[batch],
-            targets, np.arange(len(x)), few=True, text="MLP probe", lr=3e-3,
-            updates=config.probe_updates)
+    config = replace(config, batch_size=min(4 * config.batch_size, 10**5))
+    regress(config, network, lambda batch: x[batch], targets, np.arange(len(x)), few=True,
+            text="MLP probe", lr=3e-3, updates=config.probe_updates)
 
     @torch.no_grad()
     def predict(new):
@@ -665,13 +668,13 @@ def probe(config, read, training: Windows, heldout: Windows, decorrelated: Windo
 
     behind, shown = next_background(training, chosen), next_background(heldout, every)
     moves = shown.var(0) > 1e-3
-    leakage = nmse(ridge(z, behind)(z_unseen)[:, moves], shown[:, moves]).mean()
+    unexplained = nmse(ridge(z, behind)(z_unseen)[:, moves], shown[:, moves])
     return dict(
         probe_nmse=float(by_line[0].mean()), probe_nmse_per_dimension=by_line[0].tolist(),
         probe_nmse_noise=float(by_line[1].mean()), probe_nmse_mlp=float(by_mlp[0].mean()),
         probe_nmse_noise_mlp=float(by_mlp[1].mean()),
         probe_nmse_decorrelated=float(nmse(action, decorrelated.actions()).mean()),
-        leakage_r2=float(1 - leakage) if moves.any() else 0.0)
+        leakage_r2=float(1 - unexplained.mean()) if moves.any() else 0.0)
 
 # ==== 7. Latent policy [policy] ===================================================================
 # In: windows and a frozen IDM. Out: a policy from pixels to actions, in two steps: clone the latent
@@ -683,7 +686,7 @@ def labelled_windows(config, windows: Windows) -> np.ndarray:
     """The windows (n,) whose actions may be seen: of demonstrations drawn at random, one by one."""
     demonstrations = windows.demonstrations()
     order = generator(config.seed, "labels").permutation(len(windows.video.length))
-    place = np.argsort(order)[windows.e[demonstrations]]
+    place = np.argsort(order)[windows.e[demonstrations]]  # of each one's episode in that order
     return demonstrations[np.argsort(place, kind="stable")][:config.labels]
 
 def latent_targets(idm, windows) -> np.ndarray:
@@ -812,7 +815,8 @@ def expert_action(expert: np.ndarray, seen: np.ndarray) -> np.ndarray:
     return np.clip(expert[:, 0] + expert[:, 1:] @ seen, -1, 1)
 
 def moving_reward(reward: float, info: dict) -> float:
-    """What the environment pays for moving: its reward without the bonus for being alive."""
+    """What the environment pays for moving: its reward without the bonus for being alive, as
+    Gymnasium's v5 environments name it."""
     return reward - info.get("reward_survive", 0.0)
 
 def play(env, task, expert, seed, purpose, steps, noise=0.0, restart=False):
@@ -955,17 +959,20 @@ def read_clips(folder, side) -> Video:
     masks/<its name>, black but for the agent, are its masks; without them it is agent all over."""
     clips = [p for p in list_films(folder) if p.name != "masks"]
     require(clips, f"{folder} has no clips: films, or folders of pictures")
+    names = [path.name if path.is_dir() else path.stem for path in clips]
+    given = Path(folder) / "masks"
+    for shapes in list_films(given) if given.is_dir() else ():
+        require(shapes.name in names, f"{shapes} is named as none of the clips: {', '.join(names)}")
     films = [read_film(path, side) for path in clips]
     length = np.array([len(film) for film in films])
     frames = np.zeros((len(films), max(length), side, side, 3), np.uint8)
     masks = np.full(frames.shape[:4], 255, np.uint8)
-    for e, (path, film) in enumerate(zip(clips, films)):
+    for e, (name, film) in enumerate(zip(names, films)):
         frames[e, :len(film)] = film
-        shapes = Path(folder) / "masks" / (path.name if path.is_dir() else path.stem)
-        if shapes.is_dir():
-            found = read_film(shapes, side).max(-1)
-            require(len(found) == len(film), f"{shapes} has {len(found)} pictures for the "
-                    f"{len(film)} frames of {path}")
+        if (given / name).is_dir():
+            found = read_film(given / name, side).max(-1)
+            require(len(found) == len(film), f"{given / name} has {len(found)} pictures for the "
+                    f"{len(film)} frames of {name}")
             masks[e, :len(film)] = found
     return Video(frames, masks, length)
 
@@ -1097,6 +1104,7 @@ class Distractors(gym.Wrapper):
     def __init__(self, env, level="low", correlation=0.5, speed=10.0, camera=None, size=64,
                  tied=None, files=()):
         super().__init__(env)
+        require(level in ("none", "low", "hard"), f"level is {level!r}, not none, low or hard")
         self.level = level
         uniform = generator(0, "uniform").uniform(-1, 1, (1000, *self.action_space.shape))
         tied = tied or backdrop(files).tie(uniform, 0)
@@ -1132,8 +1140,8 @@ class Distractors(gym.Wrapper):
         behind = np.uint8((70, 105, 140)) if self.level == "none" else self.backdrop.draw()
         weighted = behind * (255 - alpha.astype(np.uint16))[..., None]
         self.frame = rgb + ((weighted + 128) // 255).astype(np.uint8)
-        seen = dict(state=state, mask=alpha, action=executed)
-        return self.frame, info | seen | dict(distractor=self.backdrop.velocity.copy())
+        return self.frame, info | dict(state=state, mask=alpha, action=executed,
+                                       distractor=self.backdrop.velocity.copy())
 
     def render(self):
         return self.frame
@@ -1242,10 +1250,11 @@ def load_sam(model: str, file: str, device):
         if not file and not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(SAM_URL + name, str(path), digest)
-        return SamPredictor(sam_model_registry[model](checkpoint=str(path)).to(device))
+        sam = sam_model_registry[model](checkpoint=str(path))
     except Exception as error:  # torch raises many kinds, IndexError among them
         raise UserError(f"no checkpoint of {model} in {path}, which comes from {SAM_URL}{name} "
                         f"({error}): pass its file as --sam-checkpoint") from error
+    return SamPredictor(sam.to(device))
 
 def clicks(masks: np.ndarray) -> np.ndarray:
     """Where one would click on the agents of masks (n, H, W) u8: the points farthest from the
@@ -1382,7 +1391,7 @@ def brief(value) -> str:
     """A number as tables show it; nothing for None."""
     if value is None or isinstance(value, int):
         return "" if value is None else str(value)
-    return f"{value:.0f}" if abs(value) >= 10 else f"{round(value, 2) + 0:.2f}"  # no -0.00
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:z.2f}"  # z: no -0.00
 
 def table(results: dict) -> str:
     """The results as lines of text."""
@@ -1445,7 +1454,7 @@ def stage(compute):
     def kept(self, name="all"):
         path, start = self.path(title, name), time.monotonic()
         partial = path.with_suffix(".partial")
-        if mean_over_ranks(torch.tensor(float(path.exists()))) < 1:  # all ranks see the same
+        if mean_over_ranks(torch.tensor(float(path.exists()))) < 1:  # unless all ranks see it
             result = compute(self, name, partial)
             if ranks()[0] == 0:
                 save(path, (result, time.monotonic() - start))
@@ -1478,8 +1487,8 @@ class Run:
         named = [Path(chosen[f]) for f in ("backgrounds", "sam_checkpoint") if chosen.get(f)]
         files = [p for root in named for p in (root, *root.glob("*"), *root.glob("*/*"))]
         stamps = sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-        code = [source for title, source in CODE if title in stages]
-        known = [chosen, stamps, code, repr(TASKS.get(task)), EXPERTS.get(task), VERSIONS]
+        code = [source for bearer, source in CODE if bearer in stages]
+        known = [__name__, chosen, stamps, code, repr(TASKS.get(task)), EXPERTS.get(task), VERSIONS]
         digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         return self.cache / f"{title}-{name}-{digest[:12]}.pt"
 
@@ -1685,6 +1694,8 @@ def parse(argv):
     words = [f"{name.replace('_', '-')}={value}" for name, value in chosen.items()
              if value != usual[name]]
     name = "_".join([config.task, *words]).translate(str.maketrans("/", "-", "()' "))
+    if len(name) > 200:  # file systems end at 255
+        name = f"{name[:190]}_{zlib.crc32(name.encode()):08x}"
     return config, out, name, until
 
 def main(argv=None):
