@@ -604,7 +604,7 @@ def regress(config, network, inputs, targets, rows, few=False, **how):
         _, stop = min((unseen(held), step) for step, _ in fit(first))
         network.load_state_dict(fresh)
     for step, _ in fit(rows):
-        if step == stop:
+        if step == stop:  # one of the ten steps that `train` yields
             break
     return network.eval()
 
