@@ -575,12 +575,12 @@ def ridge(inputs, targets, penalty=1e-4):
     weights = np.linalg.solve(gram, X.T @ (targets - mean))
     return lambda x: (np.asarray(x, np.float64) - center) / scale @ weights + mean
 
-def regress(config, network, inputs, targets, rows, few=False, **how):
+def regress(config, network, inputs, targets, rows, few=False, batch_size=None, **how):
     """Fit network(inputs(batch)) to targets[batch], of (n, D) f32, with batches of `rows`: every
     network that sees true actions learns here. few: so as not to learn by heart, a fifth of the
     rows says after how many updates the network knows most; then it starts again and learns from
     all rows for as long. how: other arguments of `train`."""
-    device = next(network.parameters()).device
+    device, size = next(network.parameters()).device, batch_size or config.batch_size
     targets, fresh = torch.from_numpy(targets).to(device), copy.deepcopy(network.state_dict())
 
     def error(batch):
@@ -590,7 +590,7 @@ def regress(config, network, inputs, targets, rows, few=False, **how):
     def fit(rows):
         def loss(step):
             rng = generator(config.seed, "regress", step)
-            return error(share(rows[rng.integers(len(rows), size=config.batch_size)]))
+            return error(share(rows[rng.integers(len(rows), size=size)]))
         return train(network, loss, **how)
 
     @torch.no_grad()
@@ -626,9 +626,9 @@ def mlp_probe(config, inputs, targets, device):
     x = torch.from_numpy((inputs - center) / scale).to(device)
     torch.manual_seed(config.seed)
     network = mlp(x.shape[1], 512, 512, targets.shape[1]).to(device)
-    config = replace(config, batch_size=min(4 * config.batch_size, 10**5))
     regress(config, network, lambda batch: x[batch], targets, np.arange(len(x)), few=True,
-            text="MLP probe", lr=3e-3, updates=config.probe_updates)
+            batch_size=4 * config.batch_size, text="MLP probe", lr=3e-3,
+            updates=config.probe_updates)
 
     @torch.no_grad()
     def predict(new):
@@ -1630,7 +1630,8 @@ class Run:
         names = dict(lam=config.methods, probe=(*config.methods, *REFERENCES),
                      report=(*config.methods, *CLONES, *REFERENCES)).get(until, ())
         if self.device.type == "cpu" and ranks()[1] == 1:  # side by side, into the cache
-            list(self.pmap(Run.row, [(self, name, until) for name in names]))
+            jobs = sorted(names, key=CLONES.__contains__)  # in this order all workers end together
+            list(self.pmap(Run.row, [(self, name, until) for name in jobs]))
         results["methods"] = {name: self.row(name, until) for name in names}
         results["seconds"] = {key: round(seconds, 1) for key, seconds in self.seconds.items()}
         films = [self.evaluate(name)[1] for name in config.methods] if until == "report" else []
