@@ -1438,7 +1438,7 @@ def save_animation(films, path, seconds, scale=3):
 # file holds a digest of what it depends on: the config fields of this stage and those before it,
 # the source of the sections and of the methods of `Run` that bear these stages' names, the task and
 # its expert, the files that were named, and the libraries. So nothing stale is reused, unless what
-# it does not see has changed: helpers of section 2, `Run.windows`, a method that a notebook adds.
+# it does not see has changed: helpers of section 2, `Run.windows`, methods and bodies elsewhere.
 VERSIONS = {name: importlib.metadata.version(name) for name in (
     "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow", "av")}
 SECTION = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )"
