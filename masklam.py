@@ -520,6 +520,8 @@ METHODS = {
 
 def train_lam(config, windows, method, checkpoint=None):
     """Train a method on windows -> a LAM, with `losses`, its training curve in tenths."""
+    sides, side = tuple(windows.frames.shape[1:3]), config.frame_size
+    require(sides == (side, side), f"frames are {sides}, frame_size is {side}")
     torch.manual_seed(config.seed)
     lam = METHODS[method](config).to(windows.device, memory_format=torch.channels_last)
 
@@ -973,6 +975,8 @@ def read_clips(folder, side) -> Video:
             found = read_film(given / name, side).max(-1)
             require(len(found) == len(film), f"{given / name} has {len(found)} pictures for the "
                     f"{len(film)} frames of {name}")
+            require(not 0 < found.max() < 128, f"{given / name} is {found.max()} where the agent "
+                    "is, not 255")
             masks[e, :len(film)] = found
     return Video(frames, masks, length)
 

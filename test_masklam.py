@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import functools
 import hashlib
 import http.server
 import importlib.util
@@ -42,7 +41,6 @@ from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncoder, Sam,
                                        TwoWayTransformer)
-from torch import nn
 
 import masklam
 from masklam import Config, METHODS, PRESETS, Run, SPLITS, STAGES, TASKS, UserError, Video, Windows
@@ -485,7 +483,10 @@ def test_clips_of_ones_own_are_read_with_the_masks_there_are(tmp_path):
     assert ((video.masks[1] >= 128) == (shapes > 0)).all()
     assert (video.masks[::2][video.valid[::2]] == 255).all()
     (own / "masks" / "2" / "4.png").unlink(), (tmp_path / "empty").mkdir()
+    (tmp_path / "dim" / "masks" / "1").mkdir(parents=True), GREY.save(tmp_path / "dim" / "1.png")
+    Image.fromarray(shapes).save(tmp_path / "dim" / "masks" / "1" / "1.png")  # objects' numbers
     for name, words in (("own", "4 pictures for the 5 frames"), ("empty", ""), ("none", "not a"),
+                        ("dim", "masks.1 is 2 where the agent is, not 255"),
                         ("own", "masks.3 is named as none of the clips: 1, 2, 10")):
         with pytest.raises(UserError, match=f"{name}.*{words}"):
             masklam.read_clips(tmp_path / name, 32)
@@ -543,7 +544,7 @@ def test_folded_frames_are_the_frames_in_other_order():
 
 @pytest.mark.parametrize("fault, words", [
     (dict(length=np.array([9, 10, 3, 2, 5])), "length is .5,., up to 10, not .5,. and 9 at most"),
-    (dict(length=np.array([9, 3])), "length is"),
+    (dict(length=np.array([9, 3])), "length is"), ({}, "frames are .8, 8., frame_size is 64"),
     (dict(length=np.ones(5, int)), "nothing to learn from"),
     (dict(frames=np.zeros((5, 9, 3, 8, 8), np.uint8)), "frames are .5, 9, 3, 8, 8., not .E, T, H"),
     (dict(frames=np.zeros((5, 9, 8, 8, 3), np.float32)), "float32.*not arrays of uint8"),
@@ -558,7 +559,7 @@ def test_folded_frames_are_the_frames_in_other_order():
     (dict(actions=np.zeros((5, 7, 2), np.float32)), "actions are .5, 7, 2., not .5, 9 or 8, A.")])
 def test_a_video_that_would_be_misread_is_refused_in_a_line(fault, words):
     with pytest.raises(UserError, match=f"^{words}|{words}$") as error:
-        Windows(replace(random_video(), **fault))
+        masklam.train_lam(Config(), Windows(replace(random_video(), **fault)), "lapo")
     assert "\n" not in str(error.value)
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -692,7 +693,7 @@ def test_a_checkpoint_is_downloaded_once_if_its_hash_is_right(
         (tmp_path / name).write_bytes(content)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setitem(masklam.SAM_FILES, "vit_b", (kind, hashlib.sha256(good).hexdigest()))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler = lambda *args: http.server.SimpleHTTPRequestHandler(*args, directory=tmp_path)
     with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = 9 if kind == "offline" else server.server_port
@@ -753,7 +754,6 @@ def test_paper_preset_has_the_authors_network_sizes_and_learns_and_acts():
     targets, rows = masklam.latent_targets(lam.idm, windows), windows.demonstrations()
     policy = masklam.clone(config, windows, targets, rows, "policy")
     counts = [len(weights(network)) for network in (lam.idm, lam.fdm, policy)]
-    print(counts, "parameters;", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "KiB at most")
     head = (128 * 64 + 1) * 128
     assert counts == [
         encoder(18, 64, 128, 128) + head,
@@ -797,7 +797,7 @@ def test_lapo_and_masklam_differ_in_nothing_but_the_weight(offset, monkeypatch):
 @pytest.mark.parametrize("slopes", [[5.0] * 40, [5.0, 0.5, -3.0, 0.1] * 10])
 def test_training_is_adamw_with_warm_up_decay_and_clipped_gradients(slopes):
     """Written out for one weight; and the losses are means of ten parts of the training."""
-    network, losses, m, v = nn.Linear(1, 1, bias=False), [], 0.0, 0.0
+    network, losses, m, v = torch.nn.Linear(1, 1, bias=False), [], 0.0, 0.0
     weight = float(network.weight.detach())
     history = list(masklam.train(
         network, lambda step: slopes[step] * network.weight.sum() + step, 40, 0.1, "lapo"))
@@ -815,7 +815,7 @@ def test_training_is_adamw_with_warm_up_decay_and_clipped_gradients(slopes):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_an_error(value):
-    network = nn.Linear(1, 1)
+    network = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match=f"the loss of lapo is {value} by update 2"):
         list(masklam.train(network, lambda step: network.weight.sum() * 0 + value, 20, 0, "lapo"))
 
@@ -971,7 +971,7 @@ def painted_windows(seed=0, late=0):
 PAINTED = replace(TINY, frame_size=32, policy_updates=200, decoder_updates=300, batch_size=64,
                   labels=100)
 
-class PaintedIDM(nn.Module):
+class PaintedIDM(torch.nn.Module):
     """Knows the action that is painted, turned, and on a scale of its own."""
 
     def forward(self, stacks):
