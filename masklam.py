@@ -581,7 +581,7 @@ def regress(config, network, inputs, targets, rows, few=False, batch_size=None, 
     """Fit network(inputs(batch)) to targets[batch], of (n, D) f32, with batches of `rows`: every
     network that sees true actions learns here. few: so as not to learn by heart, a fifth of the
     rows says after how many updates the network knows most; then it starts again and learns from
-    all rows for as long. how: other arguments of `train`."""
+    all rows for as long. batch_size: None is config's. how: other arguments of `train`."""
     device, size = next(network.parameters()).device, batch_size or config.batch_size
     targets, fresh = torch.from_numpy(targets).to(device), copy.deepcopy(network.state_dict())
 
