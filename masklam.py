@@ -440,10 +440,10 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
     compute_loss(step) draws its batch from `step` alone, so that a run that goes on from
     `checkpoint` (a path; written twice a minute) gives the numbers of one that never stopped. Where
     several ranks train together, each computes it on its share of the batch.
-    Yields (step, mean loss since the last) every tenth of the way; UserError where a loss is not
-    finite."""
+    Yields (step, mean loss since the last) ten times or less, the last of them at the end;
+    UserError where a loss is not finite."""
     optimizer = torch.optim.AdamW(network.parameters(), lr, (0.9, 0.99), fused=True)
-    start, history, every, saved_at = 0, [], max(1, updates // 10), time.monotonic()
+    start, history, every, saved_at = 0, [], math.ceil(updates / 10), time.monotonic()
     total = torch.zeros((), dtype=torch.float64, device=next(network.parameters()).device)
     if checkpoint and checkpoint.exists():
         weights, moments, start, history, total = load(checkpoint, total.device)
@@ -467,8 +467,8 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
         total += mean_over_ranks(loss.detach())
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {float(loss.detach()):.4f}")
-        if (step + 1) % every == 0:
-            mean = float(total) / every
+        if (step + 1) % every == 0 or step + 1 == updates:
+            mean = float(total) / (step % every + 1)
             require(math.isfinite(mean), f"the loss of {text} is {mean} by update {step + 1}: "
                     "lower its learning rate")
             total.zero_()
@@ -551,7 +551,8 @@ def encode(network, windows: Windows, chosen: np.ndarray, frames=6) -> np.ndarra
 @torch.no_grad()
 def latent_use(lam, windows) -> float:
     """How much a forward model relies on the latent: 0 when it is ignored, towards 1 when it tells
-    all that changes. 1 - error with the right z / error with another window's; needs no action."""
+    all that changes. 1 - error with the right z / error with another window's, both weighted as in
+    the loss; needs no action."""
     chosen = generator(0, "use").permutation(len(windows))[:500]
     stacks, next_obs, mask = windows.batch(chosen)
     with autocast(windows.device):
@@ -1404,7 +1405,8 @@ def table(results: dict) -> str:
     lines = [" " * 15 + "".join(f"{title:>9}" for title, _ in COLUMNS.values())]
     for name, row in rows.items():
         lines.append(f"{name:15}" + "".join(f"{brief(row.get(key)):>9}" for key in COLUMNS))
-    return "\n".join([*lines, f"noise is {results['noise_share']:.2f} of the actions' variance"])
+    return "\n".join([*lines, f"noise is {results['noise_share']:.2f} of the actions' variance: "
+                      "no guess from the past alone has a lower NMSE"])
 
 def plot_summary(results, path):
     """Bars of the numbers, and training curves."""
@@ -1445,7 +1447,7 @@ def save_animation(films, path, seconds, scale=3):
 # it does not see has changed: helpers of section 2, `Run.windows`, methods and bodies elsewhere.
 VERSIONS = {name: importlib.metadata.version(name) for name in (
     "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow", "av")}
-SECTION = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== )"
+SECTION = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== |\Z)"
 CODE = re.findall(SECTION, Path(__file__).read_text("utf-8"), re.MULTILINE)  # (stage, source)
 
 def stage(compute):

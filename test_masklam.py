@@ -39,8 +39,7 @@ import torch
 import torch.nn.functional as F
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
-from segment_anything.modeling import (ImageEncoderViT, MaskDecoder, PromptEncoder, Sam,
-                                       TwoWayTransformer)
+from segment_anything import modeling as sa
 
 import masklam
 from masklam import Config, METHODS, PRESETS, Run, SPLITS, STAGES, TASKS, UserError, Video, Windows
@@ -627,10 +626,10 @@ def test_the_student_is_taught_sams_masks_of_keyframes_from_all_of_the_video(mon
 
 def small_sam(checkpoint=None, width=64):
     """A tiny SAM, built and loaded as segment_anything builds and loads vit_b."""
-    sam = Sam(ImageEncoderViT(img_size=128, patch_size=8, embed_dim=width, depth=2, num_heads=2,
-                              out_chans=64, use_rel_pos=True, global_attn_indexes=(0, 1)),
-              PromptEncoder(64, (16, 16), (128, 128), 16),
-              MaskDecoder(transformer_dim=64, transformer=TwoWayTransformer(2, 64, 4, 128)))
+    sam = sa.Sam(sa.ImageEncoderViT(128, 8, 3, width, depth=2, num_heads=2, out_chans=64,
+                                    use_rel_pos=True, global_attn_indexes=(0, 1)),
+                 sa.PromptEncoder(64, (16, 16), (128, 128), 16), sa.MaskDecoder(
+                     transformer_dim=64, transformer=sa.TwoWayTransformer(2, 64, 4, 128)))
     if checkpoint:
         with open(checkpoint, "rb") as file:
             sam.load_state_dict(torch.load(file))
@@ -794,30 +793,31 @@ def test_lapo_and_masklam_differ_in_nothing_but_the_weight(offset, monkeypatch):
     assert {k for _, each in drawn for k in each} == set(range(1, offset + 1))
     assert len({tuple(chosen) for chosen, _ in drawn}) == 8
 
-@pytest.mark.parametrize("slopes", [[5.0] * 40, [5.0, 0.5, -3.0, 0.1] * 10])
+@pytest.mark.parametrize("slopes", [[5.0] * 40, [5.0, 0.5, -3.0, 0.1] * 10, [0.5, -3.0, 2.0] * 11])
 def test_training_is_adamw_with_warm_up_decay_and_clipped_gradients(slopes):
-    """Written out for one weight; and the losses are means of ten parts of the training."""
-    network, losses, m, v = torch.nn.Linear(1, 1, bias=False), [], 0.0, 0.0
+    """Written out for one weight; and the losses are means of parts of the training, up to ten."""
+    network, losses, m, v, n = torch.nn.Linear(1, 1, bias=False), [], 0.0, 0.0, len(slopes)
     weight = float(network.weight.detach())
     history = list(masklam.train(
-        network, lambda step: slopes[step] * network.weight.sum() + step, 40, 0.1, "lapo"))
+        network, lambda step: slopes[step] * network.weight.sum() + step, n, 0.1, "lapo"))
     for step, slope in enumerate(slopes):
         losses.append(slope * weight + step)
         slope = np.clip(slope, -1, 1)
-        lr = 0.1 * min(1, (step + 1) / 3) * (1 + np.cos(np.pi * step / 40)) / 2
+        lr = 0.1 * min(1, (step + 1) / (0.05 * n + 1)) * (1 + np.cos(np.pi * step / n)) / 2
         m, v = 0.9 * m + 0.1 * slope, 0.99 * v + 0.01 * slope**2
         mean, square = m / (1 - 0.9**(step + 1)), v / (1 - 0.99**(step + 1))
         weight -= lr * (0.01 * weight + mean / np.sqrt(square))
     assert float(network.weight.detach()) == pytest.approx(weight, rel=1e-4)
-    assert [step for step, _ in history] == list(range(4, 41, 4))
-    means = np.reshape(losses, (10, 4)).mean(1)
+    assert [step for step, _ in history] == [*range(4, n, 4), n]
+    means = [np.mean(losses[i:i + 4]) for i in range(0, n, 4)]
     np.testing.assert_allclose([mean for _, mean in history], means, rtol=1e-4, atol=1e-4)
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_is_an_error(value):
+@pytest.mark.parametrize("value, at, by", [(math.nan, 0, 3), (math.inf, 0, 3), (math.nan, 20, 21)])
+def test_a_loss_that_is_not_finite_is_an_error_even_in_the_last_update(value, at, by):
     network = torch.nn.Linear(1, 1)
-    with pytest.raises(UserError, match=f"the loss of lapo is {value} by update 2"):
-        list(masklam.train(network, lambda step: network.weight.sum() * 0 + value, 20, 0, "lapo"))
+    with pytest.raises(UserError, match=f"the loss of lapo is {value} by update {by}:"):
+        list(masklam.train(network, lambda step: network.weight.sum() * 0 + (
+            value if step >= at else 1), 21, 0, "lapo"))
 
 def stopped_at(windows, batches):
     """Windows that end a training when that many batches have been drawn."""
@@ -1191,6 +1191,7 @@ def test_an_edit_of_the_source_changes_the_keys_of_its_stage_and_later_ones(tmp_
     edits = [(banner, "EDITED = 1\n", stage) for banner, stage in zip(banners, SECTIONS.values())]
     edits += [(re.search(rf"    @stage\n    def {name}\(.*\n", source)[0], "        # edited\n",
                name) for name in methods]
+    edits.append((source.splitlines(True)[-1], "# ==== 18. Of a fork [lam] ====\n", "lam"))
     for number, (after, line, stage) in enumerate(edits):
         path = tmp_path / f"edited_{number}.py"
         path.write_text(source.replace(after, after + line))
@@ -1389,9 +1390,8 @@ def test_a_full_disk_gets_one_line_and_leaves_no_half_file(flags, limit, copied,
         status = masklam.main([*FLAGS, "--out", str(copied), *flags.split()])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, most)
-    said = capsys.readouterr().err.splitlines()
+    said, after = capsys.readouterr().err.splitlines(), contents(copied)
     assert status == 2 and len(said) == 1 and said[0].startswith("masklam: "), said
-    after = contents(copied)
     assert {path: after.get(path) for path in before} == before
     assert not [p for p in after.keys() - before.keys() if not p.name.startswith("scale-")]
 
