@@ -507,7 +507,8 @@ class LAM(nn.Module):
         self.fdm = FDM(config)
 
     def loss(self, windows, chosen, k, rng):
-        """The loss of windows (B,) with offsets k (B,); rng is there for methods that augment."""
+        """The loss of windows (B,) with offsets k (B,). rng, the same on every rank, is there for
+        methods that augment."""
         stacks, next_obs, mask = windows.batch(chosen, k)
         prediction = self.fdm(stacks[:, :3], self.idm(stacks))
         return masked_mse(prediction.float(), next_obs, mask, self.background_weight,
@@ -1103,8 +1104,9 @@ class Distractors(gym.Wrapper):
     level: "none" (a plain background), "low" (a Backdrop, or Footage of files) or "hard" (also the
         camera on a random walk, within a tenth of the Distracting Control Suite's ranges, arXiv
         2101.02722). tied: from `Backdrop.tie`; None: with uniform actions.
-    info: "state" the wrapped observation, "mask" (size, size) u8 the agent's alpha, "distractor"
-        (D,) f32 the background's velocities, pixels a step, "action" (A,) f32 as executed."""
+    info: "state" the wrapped observation, "mask" (size, size) u8 the alpha of the agent (and of an
+        object or goal), "distractor" (D,) f32 the background's velocities, pixels a step, "action"
+        (A,) f32 as executed."""
 
     def __init__(self, env, level="low", correlation=0.5, speed=10.0, camera=None, size=64,
                  tied=None, files=()):
