@@ -47,6 +47,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zlib
 from concurrent import futures
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -107,12 +108,12 @@ class Config:
     latent_dim: int = option("lam", 128, "numbers in a latent action", 1, 8192)
     offset: int = option("lam", 1, "K: how far ahead the future stack may lie", 1, 100)
     patch: int = option("lam", 4, "pixels folded into channels; 1, with blocks: IMPALA", 1, 64)
-    idm_widths: tuple[int, ...] = option("lam", (48, 96), "channels of its stages", 1, 4096)
+    idm_widths: tuple[int, ...] = option("lam", (48, 96), "channels, also of policies", 1, 4096)
     fdm_widths: tuple[int, ...] = option("lam", (48, 96), "channels of its stages", 1, 4096)
     blocks: int = option("lam", 0, "residual blocks a stage, where patch is 1", 0, 16)
     hidden: int = option("lam", 256, "units between map and vector; 0: none", 0, 8192)
     lam_updates: int = option("lam", 2000, "optimiser steps", 1, 10**8)
-    batch_size: int = option("lam", 64, "windows per step, LAM and policy", 2, 10**5)
+    batch_size: int = option("lam", 64, "windows per optimiser step", 2, 10**5)
     lam_lr: float = option("lam", 3e-3, "peak learning rate", 0, 1)
 
     probe_windows: int = option("probe", 50_000, "at most, to fit a probe on", 100, 10**7)
@@ -126,6 +127,9 @@ class Config:
     methods: tuple[str, ...] = option("report", ("lapo", "masklam"), "of METHODS, to compare")
 
     def __post_init__(self):
+        for f in fields(self):
+            if isinstance(f.default, tuple):  # results.json and the command line have lists
+                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
         for f in [f for f in fields(self) if f.metadata["allowed"]]:
             value, (low, *words) = getattr(self, f.name), f.metadata["allowed"]
             for v in value if isinstance(value, tuple) else (value,):
@@ -232,8 +236,9 @@ class Video:
                 f"actions are {np.shape(self.actions)}, not ({E}, {T} or {T - 1}, A)")
 
     @classmethod
-    def open(cls, folder, mode="c"):
-        """Map the arrays of a folder; writes stay in memory unless mode is "r+"."""
+    def open(cls, folder, mode="r"):
+        """Map the arrays of a folder, to be read alone unless mode is "r+"."""
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # torch's
         return cls(*(np.load(Path(folder) / f"{f.name}.npy", mode) for f in fields(cls)))
 
     @property
@@ -282,8 +287,8 @@ class Windows:
         return self.frames[self.index(chosen, 1)[:, :frames]].to(self.device)
 
     def batch(self, chosen, k=1):
-        """-> obs and future_obs (B, 6, H, W, 3) u8, next_obs (B, 3, H, W) in [-0.5, 0.5], and its
-        mask (B, 1, H, W) f32 in [0, 1]."""
+        """-> obs and future_obs (B, 6, H, W, 3) u8, next_obs (B, 3, H, W) in [-0.5, 0.5], bfloat16
+        under autocast, and its mask (B, 1, H, W) f32 in [0, 1]."""
         index = self.index(chosen, k)
         frames = self.frames[index].to(self.device)
         mask = self.masks[index[:, 6:]].to(self.device) / 255
@@ -474,7 +479,8 @@ def train(network, compute_loss, updates, lr, text, checkpoint=None):
             total.zero_()
             history.append((step + 1, mean))
             yield history[-1]
-        if checkpoint and ranks()[0] == 0 and time.monotonic() - saved_at > 30:
+        due = checkpoint and ranks()[0] == 0 and time.monotonic() - saved_at > 30
+        if due and math.isfinite(total):  # what has diverged is not gone on from
             weights, moments = network.state_dict(), optimizer.state_dict()
             save(checkpoint, (weights, moments, step + 1, history, total))
             saved_at = time.monotonic()
@@ -489,8 +495,9 @@ def masked_mse(prediction, target, mask, background_weight=0.0, count=torch.sum)
 
     prediction, target (B, C, H, W); mask (B, 1, H, W) in [0, 1], 1 = agent. Every pixel weighs
     w = mask + background_weight (1 - mask), and the result is sum(w error^2) / (C sum(w)).
-    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask. count sums
-    w; where several GPUs share a batch, their mean sum, as a mean of ratios is another loss."""
+    background_weight 1 is F.mse_loss, bit for bit (LAPO); 0 is the authors' hard mask. count(w) is
+    the sum of w, or where several GPUs share a batch the mean of their sums, so that all divide by
+    the same number."""
     if background_weight == 1:
         return F.mse_loss(prediction, target)
     weight = mask + background_weight * (1 - mask)
@@ -1067,7 +1074,7 @@ class Footage(Backdrop):
     whole, and goes on as its mirror image."""
 
     D = 2
-    read = staticmethod(functools.cache(read_film))
+    read = staticmethod(functools.lru_cache(100)(read_film))
 
     def paint(self):
         path = self.files[self.rng.integers(len(self.files))]
@@ -1346,10 +1353,13 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
         logits = [student(to_float(part[:, None].to(device)))[:, 0].float() for part in parts]
     return (255 * torch.cat(logits).sigmoid()).round().byte().cpu().numpy()
 
-def mask_iou(a: np.ndarray, b: np.ndarray, where=...) -> float:
-    """Intersection over union of two u8 masks of one shape, agent = 128 and above."""
-    a, b = a[where] >= 128, b[where] >= 128
-    return float((a & b).sum() / max((a | b).sum(), 1))
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of u8 masks (n, ...) of one shape, agent = 128 and above."""
+    shared, either = 0, 0
+    for x, y in zip(a, b):  # of a long video, piece by piece
+        shared += np.count_nonzero((x >= 128) & (y >= 128))
+        either += np.count_nonzero((x >= 128) | (y >= 128))
+    return shared / max(either, 1)
 
 # ==== 14. Evaluation [evaluate] ===================================================================
 # In: a policy. Out: its return in the real environment, on backgrounds that nothing was trained or
@@ -1446,7 +1456,8 @@ def save_animation(films, path, seconds, scale=3):
 # file holds a digest of what it depends on: the config fields of this stage and those before it,
 # the source of the sections and of the methods of `Run` that bear these stages' names, the task and
 # its expert, the files that were named, and the libraries. So nothing stale is reused, unless what
-# it does not see has changed: helpers of section 2, `Run.windows`, methods and bodies elsewhere.
+# it does not see has changed: helpers of section 2, `Run.windows`, methods and bodies elsewhere,
+# or the device and the number of processes, which round differently.
 VERSIONS = {name: importlib.metadata.version(name) for name in (
     "torch", "torchvision", "mujoco", "gymnasium", "segment-anything", "numpy", "pillow", "av")}
 SECTION = r"^# ==== .*\[(\w+)\] =+\n([\s\S]*?)(?=^# ==== |\Z)"
@@ -1526,9 +1537,9 @@ class Run:
         with written_whole(partial.with_suffix("")) as folder:
             for split, video in self.videos.items():
                 masks = create_array(folder / f"{split}.npy", video.masks.shape, np.uint8)
-                for e, frames in enumerate(video.frames):
-                    masks[e] = student_masks(student, frames)
-                ious[split] = mask_iou(masks, video.masks, video.valid)
+                for e, steps in enumerate(video.length):
+                    masks[e, :steps] = student_masks(student, video.frames[e, :steps])
+                ious[split] = mask_iou(masks, video.masks)
         return ious
 
     @functools.cached_property
@@ -1539,7 +1550,7 @@ class Run:
             if self.config.masks != "simulator":
                 self.mask()
                 folder = self.path("mask").with_suffix("")
-                video = replace(video, masks=np.load(folder / f"{split}.npy", "c"))
+                video = replace(video, masks=np.load(folder / f"{split}.npy", "r"))
             windows.append(Windows(video, self.device))
         return windows
 
@@ -1692,8 +1703,7 @@ def parse(argv):
     parser.add_argument("--out", default="runs", type=Path, help="folder of all runs")
     parser.add_argument("--until", choices=("record", "mask", "lam", "probe", "report"),
                         default="report", help="the last stage")
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
+    given = vars(parser.parse_args(argv))
     preset, out, until = given.pop("preset"), given.pop("out"), given.pop("until")
     base = Config(**PRESETS[preset])
     config = replace(base, **given)
