@@ -1356,7 +1356,7 @@ def student_masks(student, frames: np.ndarray) -> np.ndarray:
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of u8 masks (n, ...) of one shape, agent = 128 and above."""
     shared, either = 0, 0
-    for x, y in zip(a, b):  # of a long video, piece by piece
+    for x, y in zip(a, b, strict=True):  # of a long video, piece by piece
         shared += np.count_nonzero((x >= 128) & (y >= 128))
         either += np.count_nonzero((x >= 128) | (y >= 128))
     return shared / max(either, 1)

@@ -814,8 +814,8 @@ def test_training_is_adamw_with_warm_up_decay_and_clipped_gradients(slopes):
 @pytest.mark.parametrize("value, at, by", [(math.nan, 0, 3), (math.inf, 0, 3), (math.nan, 20, 21)])
 def test_a_loss_that_is_not_finite_is_an_error(value, at, by, tmp_path, monkeypatch):
     """Even in the last update; and no checkpoint keeps it."""
-    network, clock = torch.nn.Linear(1, 1), itertools.count(0, 40)
-    monkeypatch.setattr(masklam.time, "monotonic", lambda: next(clock))  # a checkpoint a step
+    network = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(masklam.time, "monotonic", itertools.count(0, 40).__next__)  # always due
     fit = lambda value: list(masklam.train(network, lambda step: network.weight.sum() * 0 + (
         value if step >= at else 1), 21, 0, "lapo", tmp_path / "checkpoint"))
     with pytest.raises(UserError, match=f"the loss of lapo is {value} by update {by}:"):
@@ -832,8 +832,7 @@ def stopped_at(windows, batches):
 def test_resumed_training_equals_uninterrupted(batches, tmp_path, monkeypatch):
     config, path = replace(TINY, frame_size=32, lam_updates=40), tmp_path / "checkpoint"
     whole = masklam.train_lam(config, tiny_windows(), "masklam")
-    clock = itertools.count(0, 40)  # every step is half a minute later: saves each time
-    monkeypatch.setattr(masklam.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(masklam.time, "monotonic", itertools.count(0, 40).__next__)  # always due
     with pytest.raises(IndexError, match="^pop from empty list$"):
         masklam.train_lam(config, stopped_at(tiny_windows(), batches), "masklam", path)
     rest = stopped_at(tiny_windows(), config.lam_updates - batches)  # and not a batch more
@@ -880,8 +879,7 @@ def test_a_scarce_latent_goes_to_the_agent_with_the_mask_and_to_the_background_w
     for method in METHODS:
         lam = masklam.train_lam(config, windows[0], method)
         assert lam.losses[-1] < 0.5 * lam.losses[0]
-        read = lambda w, chosen: masklam.encode(lam.idm, w, chosen)
-        got[method] = masklam.probe(config, read, *windows)
+        got[method] = masklam.probe(config, lambda *args: masklam.encode(lam.idm, *args), *windows)
     assert got["masklam"]["probe_nmse"] < 0.2 and got["masklam"]["leakage_r2"] < 0.1
     assert got["lapo"]["probe_nmse"] > 0.8 and got["lapo"]["leakage_r2"] > 0.5
 
